@@ -1,0 +1,1 @@
+"""The method: orders, plans, cohorts, the rollout, memory. Torch, greenlet and the standard library only."""

@@ -1,0 +1,1 @@
+"""Flux with a noise level per block and with memory, on diffusers' own modules."""

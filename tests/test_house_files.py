@@ -1,0 +1,47 @@
+"""The house keeps its own books straight: versions, requirements, the commands of the Makefile."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import rolling_diffusion
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+
+
+def listed(text: str) -> set[str]:
+    """Requirement lines, without the comments and torch, which ComfyUI brings itself."""
+    return {line for line in text.splitlines() if line and not line.startswith(("#", "torch"))}
+
+
+def test_one_version_everywhere():
+    assert f'version = "{rolling_diffusion.__version__}"' in PYPROJECT
+    assert f"## {rolling_diffusion.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_requirements_are_those_of_the_package():
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", PYPROJECT, re.S | re.M)
+    assert block is not None
+    assert listed("\n".join(re.findall(r'"(.+?)"', block[1]))) == listed((ROOT / "requirements.txt").read_text())
+
+
+def test_no_requirement_is_pinned():
+    assert "==" not in (ROOT / "requirements.txt").read_text()
+
+
+def test_an_old_python_gets_one_sentence(tmp_path):
+    old = tmp_path / "python3.8"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.8.1" && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "-s", "venv", f"PYTHON={old}", f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0].startswith("Python 3.10 or newer is needed")
+    assert "Python 3.8.1" in done.stderr
+
+
+def test_comfyui_tests_ask_for_a_checkout():
+    done = subprocess.run(["make", "-sn", "test-comfyui"], cwd=ROOT, capture_output=True, text=True)
+    assert "COMFYUI_PATH must name a ComfyUI checkout" in done.stdout
