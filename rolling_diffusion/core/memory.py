@@ -1,0 +1,215 @@
+"""Memory: stored keys and values of finished blocks (committed clean) and of waiting blocks (from the draft)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .order import Block
+
+    KeyValue = tuple[Tensor, Tensor]  # key after RoPE and value, each (B, tokens, heads, dim)
+    Layers = dict[int, KeyValue]
+
+DROP = 1e-3  # attention weights below this are dropped
+
+
+class View:
+    """What one call of the model may attend to: keys and values per layer, and the bias of each token."""
+
+    def __init__(self, layers: Sequence[KeyValue] | _Joined, bias: Tensor | None = None):
+        self._layers = layers
+        self.bias = bias
+        """(tokens,) added to the logits, or None when every weight is 1."""
+
+    def layer(self, i: int) -> KeyValue:
+        """Key and value of layer i, each (B, tokens, heads, dim), on the device of the computation."""
+        return self._layers[i]
+
+
+class _Joined:
+    """Keys and values of some blocks, concatenated per layer when first read, and kept.
+
+    The blocks then hold slices of the concatenation, so that memory is stored once, not twice.
+    """
+
+    def __init__(self, parts: list[Layers], device: torch.device, share: bool):
+        self.parts, self.device, self.share = parts, device, share
+        self.joined: Layers = {}
+
+    def __getitem__(self, i: int) -> KeyValue:
+        if i not in self.joined:
+            if len(self.parts) == 1:
+                self.joined[i] = self.parts[0][i]
+            else:
+                self._join(i)
+        key, value = self.joined[i]
+        # From host memory only the layer at work is copied to the device; on the device this is no copy.
+        return key.to(self.device, non_blocking=True), value.to(self.device, non_blocking=True)
+
+    def _join(self, i: int) -> None:
+        pairs = [part[i] for part in self.parts]
+        key, value = (torch.cat(tensors, dim=1) for tensors in zip(*pairs))
+        self.joined[i] = key, value
+        if self.share:
+            counts = [k.shape[1] for k, _ in pairs]
+            for part, k, v in zip(self.parts, key.split(counts, 1), value.split(counts, 1)):
+                part[i] = k, v
+
+
+class Memory:
+    """Keys and values that blocks in motion attend to; one Memory per conditioning branch.
+
+    A finished block's unnormalised attention weight is persistence**a, a being its distance to the nearest block in
+    motion, in blocks of `size` cells (None: as thick as the first block stored); for strips that is its age. Weights
+    below 1e-3 are dropped. Waiting blocks weigh 1 and are seen when fewer than `lookahead` cells (None: any number) lie
+    between them and a block in motion. `cap` bounds the tokens that are seen, and the finished ones that stay stored
+    once a view has been taken: the first `sinks` blocks of the order, then the nearest. `device`: where to store
+    (None: where they were computed). Gradients end at `put`, unless grad=True.
+    """
+
+    def __init__(
+        self,
+        persistence: float = 1.0,
+        lookahead: int | None = None,
+        cap: int | None = None,
+        sinks: int = 1,
+        size: int | None = None,
+        device: torch.device | str | None = None,
+        grad: bool = False,
+    ):
+        if not 0 <= persistence <= 1:
+            raise ValueError(f"persistence is {persistence}, but it must lie between 0 (none) and 1 (full memory).")
+        for name, value in (("lookahead", lookahead), ("cap", cap), ("sinks", sinks)):
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}, but it must be 0 or more.")
+        if size is not None and size < 1:
+            raise ValueError(f"size is {size}, but blocks are at least 1 cell thick.")
+        self.persistence, self.lookahead, self.cap, self.sinks, self.size = persistence, lookahead, cap, sinks, size
+        self.device, self.grad = device, grad
+        self._stored: dict[str, dict[Block, Layers]] = {"finished": {}, "waiting": {}}
+        self._compute: torch.device | None = None
+        self._forget()
+
+    def stores(self, kind: str) -> bool:
+        """Whether blocks of this kind, "finished" or "waiting", are kept at all; if not, nothing need be computed."""
+        if kind not in self._stored:
+            raise ValueError(f'memory knows "finished" and "waiting" blocks, not {kind!r}.')
+        return (self.persistence > 0 if kind == "finished" else self.lookahead != 0) and self.cap != 0
+
+    def put(self, kind: str, block: Block, layer: int, key: Tensor, value: Tensor) -> None:
+        """Store a copy of one layer's key (after RoPE) and value of a block, each (B, tokens, heads, dim)."""
+        if not self.stores(kind):
+            return
+        if self.size is None:
+            self.size = min(block.height, block.width)
+        self._compute = key.device
+        self._stored[kind].setdefault(block, {})[layer] = (self._own(key), self._own(value))
+        self._view.clear()
+        if (kind, block) in self._chosen:
+            self._joined = None
+
+    def start(self, block: Block) -> None:
+        """Drop a waiting block, because its turn has come."""
+        if self._stored["waiting"].pop(block, None) is not None:
+            self._view.clear()
+
+    def clear(self) -> None:
+        """Free everything."""
+        for blocks in self._stored.values():
+            blocks.clear()
+        self._forget()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens stored now, finished and waiting."""
+        return sum(_tokens(layers) for blocks in self._stored.values() for layers in blocks.values())
+
+    def view(self, moving: Sequence[Block], waiting: bool = True) -> View | None:
+        """What the blocks in motion see, never themselves; None if nothing. waiting=False: finished blocks only."""
+        question = (tuple(moving), waiting)
+        if question not in self._view:
+            self._view.clear()
+            self._view[question] = self._select(moving, waiting)
+        return self._view[question]
+
+    def _select(self, moving: Sequence[Block], waiting: bool) -> View | None:
+        size, p = self.size or 1, self.persistence
+        seen: list[tuple[str, Block, int]] = []  # kind, block, distance in blocks
+        for block, cells in _gaps(self._stored["finished"], moving):
+            distance = math.ceil(cells / size) + 1
+            if p**distance >= DROP:
+                seen.append(("finished", block, distance))
+            elif max(block.height, block.width) > size:
+                del self._stored["finished"][block]  # a strip is never near again; a tile may be, in a spiral
+        for block, cells in _gaps(self._stored["waiting"], moving) if waiting else ():
+            if self.lookahead is None or cells < self.lookahead:
+                seen.append(("waiting", block, math.ceil(cells / size) + 1))
+        if self.cap is not None:
+            seen = self._fit(seen, self.cap)
+        if not seen:
+            return None
+        return View(self._join([(kind, block) for kind, block, _ in seen]), self._bias(seen))
+
+    def _fit(self, seen: list[tuple[str, Block, int]], cap: int) -> list[tuple[str, Block, int]]:
+        """Sinks first, then the nearest, up to cap tokens; finished blocks that are left out of them are freed."""
+
+        def rank(item: tuple[str, Block, int]) -> tuple[bool, int, int]:
+            kind, block, distance = item
+            return not (kind == "finished" and block.index < self.sinks), distance, -block.index
+
+        kept, total = set(), 0
+        for kind, block, _ in sorted(seen, key=rank):
+            total += _tokens(self._stored[kind][block])
+            if total > cap:
+                break
+            kept.add((kind, block))
+        for block in list(self._stored["finished"]):
+            if ("finished", block) not in kept:
+                del self._stored["finished"][block]
+        return [item for item in seen if item[:2] in kept]
+
+    def _join(self, chosen: list[tuple[str, Block]]) -> _Joined:
+        """The concatenation of the chosen blocks, reused while they stay the same."""
+        if chosen != self._chosen or self._joined is None:
+            for kind, block in set(self._chosen) - set(chosen):  # a slice must not keep the whole alive
+                layers = self._stored[kind].get(block, {})
+                layers.update({i: (self._own(k), self._own(v)) for i, (k, v) in layers.items()})
+            assert self._compute is not None
+            self._joined = _Joined([self._stored[k][b] for k, b in chosen], self._compute, share=not self.grad)
+            self._chosen = chosen
+        return self._joined
+
+    def _bias(self, seen: list[tuple[str, Block, int]]) -> Tensor | None:
+        """(tokens,): a ln p for finished blocks, 0 for waiting ones; None when all are 0."""
+        if self.persistence == 1 or all(kind == "waiting" for kind, _, _ in seen):
+            return None
+        logs = [distance * math.log(self.persistence) if kind == "finished" else 0.0 for kind, _, distance in seen]
+        counts = [_tokens(self._stored[kind][block]) for kind, block, _ in seen]
+        return torch.tensor(logs).repeat_interleave(torch.tensor(counts)).to(self._compute)
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """The tensor on the memory's device, in storage that holds nothing else, cut from its graph unless grad."""
+        tensor = tensor.to(self.device or tensor.device)
+        if self.grad:
+            return tensor
+        tensor = tensor.detach()
+        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+    def _forget(self) -> None:
+        self._view: dict[tuple, View | None] = {}
+        self._joined: _Joined | None = None
+        self._chosen: list[tuple[str, Block]] = []
+
+
+def _tokens(layers: Layers) -> int:
+    return next(iter(layers.values()))[0].shape[1]
+
+
+def _gaps(blocks: Iterable[Block], moving: Sequence[Block]) -> list[tuple[Block, int]]:
+    """Each block that is not itself in motion, with its gap in cells to the nearest block in motion."""
+    return [(block, min(block.gap(m) for m in moving)) for block in blocks if block not in moving]

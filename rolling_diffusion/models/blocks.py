@@ -1,0 +1,161 @@
+"""Flux's attention and blocks with a noise level per token and with memory, on diffusers' own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+    _get_qkv_projections,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Keep(Protocol):
+    """Takes keep[layer] = (key, value) of a call's image tokens, each (B, tokens, heads, dim). A dict will do."""
+
+    def __setitem__(self, layer: int, kv: tuple[Tensor, Tensor], /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block must know of a rolling call; travels to it in joint_attention_kwargs["rolling"]."""
+
+    layer: int
+    text_tokens: int
+    index: Tensor | None  # (image tokens,) noise level of each; None when text and image share one
+    joint_index: Tensor | None  # (text + image tokens,) row of temb for each; None when there is one row
+    past: tuple[Tensor, Tensor] | None  # this layer's memory
+    bias: Tensor | None  # (1, 1, 1, all keys) added to the logits
+    keep: Keep | None
+
+    def image(self, linear: nn.Module, temb: Tensor, parts: int) -> Sequence[Tensor]:
+        """Modulation of the image tokens, each part (B, tokens or 1, width)."""
+        # temb's first row is the text's level. One matrix product per level, then a gather to tokens: a product per
+        # token would cost as much as the MLP.
+        rows = temb if self.index is None else temb[:, 1:]
+        return self._spread(linear(F.silu(rows)).chunk(parts, dim=-1), self.index)
+
+    def joint(self, linear: nn.Module, temb: Tensor, parts: int) -> Sequence[Tensor]:
+        """The same for text and image tokens in one sequence."""
+        return self._spread(linear(F.silu(temb)).chunk(parts, dim=-1), self.joint_index)
+
+    @staticmethod
+    def _spread(parts: Sequence[Tensor], index: Tensor | None) -> Sequence[Tensor]:
+        return parts if index is None else [part[:, index] for part in parts]
+
+
+class RollingFluxAttnProcessor(FluxAttnProcessor):
+    """Attention over [text, image, memory]; without a rolling call, diffusers' own."""
+
+    def __call__(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        rolling: Call | None = None,
+    ):
+        if rolling is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)  # type: ignore[arg-type]
+        projections: Any = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)  # the text's are the last 3
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in projections[:3])
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if encoder_hidden_states is not None:
+            q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in projections[3:])
+            query = torch.cat([attn.norm_added_q(q), query], dim=1)
+            key = torch.cat([attn.norm_added_k(k), key], dim=1)
+            value = torch.cat([v, value], dim=1)
+        query: Any = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+        key: Any = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+
+        if rolling.keep is not None:
+            rolling.keep[rolling.layer] = key[:, rolling.text_tokens :], value[:, rolling.text_tokens :]
+        if rolling.past is not None:
+            key = torch.cat([key, rolling.past[0]], dim=1)
+            value = torch.cat([value, rolling.past[1]], dim=1)
+        out = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=None if rolling.bias is None else rolling.bias.to(query.dtype),
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        out = out.flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return out
+        text_out, image_out = out.tensor_split([rolling.text_tokens], dim=1)
+        return attn.to_out[1](attn.to_out[0](image_out.contiguous())), attn.to_add_out(text_out.contiguous())
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x  # as diffusers does
+
+
+class RollingFluxTransformerBlock(FluxTransformerBlock):
+    """A double block whose image tokens stand at several noise levels; in a rolling call temb is (B, levels, width)."""
+
+    def forward(
+        self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+    ) -> tuple[Tensor, Tensor]:
+        call: Call | None = joint_attention_kwargs.get("rolling") if joint_attention_kwargs else None
+        if call is None or joint_attention_kwargs is None:
+            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        x, text = hidden_states, encoder_hidden_states
+        shift, scale, gate, shift2, scale2, gate2 = call.image(self.norm1.linear, temb, 6)
+        t = self.norm1_context.linear(F.silu(temb[:, :1])).chunk(6, dim=-1)  # same order, for the text
+        attended, text_attended = self.attn(
+            hidden_states=self.norm1.norm(x) * (1 + scale) + shift,
+            encoder_hidden_states=self.norm1_context.norm(text) * (1 + t[1]) + t[0],
+            image_rotary_emb=image_rotary_emb,
+            **joint_attention_kwargs,
+        )
+        x = x + gate * attended
+        x = x + gate2 * self.ff(self.norm2(x) * (1 + scale2) + shift2)
+        text = text + t[2] * text_attended
+        text = text + t[5] * self.ff_context(self.norm2_context(text) * (1 + t[4]) + t[3])
+        return _finite(text), x
+
+
+class RollingFluxSingleTransformerBlock(FluxSingleTransformerBlock):
+    """A single block whose tokens stand at several noise levels; in a rolling call temb is (B, levels, width)."""
+
+    def forward(
+        self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+    ) -> tuple[Tensor, Tensor]:
+        call: Call | None = joint_attention_kwargs.get("rolling") if joint_attention_kwargs else None
+        if call is None or joint_attention_kwargs is None:
+            return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        shift, scale, gate = call.joint(self.norm.linear, temb, 3)
+        y = self.norm.norm(x) * (1 + scale) + shift
+        mlp = self.act_mlp(self.proj_mlp(y))
+        attended = self.attn(hidden_states=y, image_rotary_emb=image_rotary_emb, **joint_attention_kwargs)
+        x = _finite(x + gate * self.proj_out(torch.cat([attended, mlp], dim=2)))
+        return x[:, : call.text_tokens], x[:, call.text_tokens :]
+
+
+# diffusers' caches (first block, TaylorSeer, …) look blocks up by their exact class.
+for _stock, _rolling in (
+    (FluxTransformerBlock, RollingFluxTransformerBlock),
+    (FluxSingleTransformerBlock, RollingFluxSingleTransformerBlock),
+):
+    _known = TransformerBlockRegistry.get(_stock)
+    TransformerBlockRegistry.register(
+        _rolling,
+        TransformerBlockMetadata(
+            return_hidden_states_index=_known.return_hidden_states_index,
+            return_encoder_hidden_states_index=_known.return_encoder_hidden_states_index,
+        ),
+    )
