@@ -1,0 +1,47 @@
+"""The program: picks the command, and turns what goes wrong into one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import plan
+from .arguments import Parser, fail, nearest
+
+COMMANDS = {
+    "plan": (plan, "show what a plan costs and how it looks"),
+}
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="rolling-diffusion",
+        description="Autoregressive rolling diffusion: pictures that grow in an order you choose.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
+    for name, (module, help) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=(module.__doc__ or help).partition(": ")[2])
+        module.add_options(command)
+        command.set_defaults(run=module.run, parser=command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit code: 0, 2 after bad input, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        return fail(f"there is no command {argv[0]!r}{nearest(argv[0], COMMANDS)}: choose from {', '.join(COMMANDS)}")
+    try:
+        values = parser.strict(argv)
+        return values.run(values)
+    except ValueError as error:
+        return fail(str(error))
+    except KeyboardInterrupt:
+        print("rolling-diffusion: stopped", file=sys.stderr)
+        return 130

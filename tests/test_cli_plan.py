@@ -1,0 +1,107 @@
+"""`rolling-diffusion plan`, and the settings that every command shares."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from rolling_diffusion.cli import main
+from rolling_diffusion.cli.files import read_settings
+from rolling_diffusion.cli.settings import fit_window
+from rolling_diffusion.core.order import COLUMN_ORDERS, ORDERS, ROW_ORDERS
+from rolling_diffusion.core.plan import make_plan
+
+
+def said(capsys, *argv: str) -> str:
+    assert main(["plan", *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_table_is_the_plans_own_cost(capsys):
+    out = said(capsys, "--width", "512", "--height", "1024", "--steps", "28", "--draft", "7", "--text-tokens", "512")
+    plan = make_plan(128, 64, 28, window=64, overlap=32, draft=7)
+    cost = plan.cost(512)
+    row = next(line for line in out.splitlines() if line.startswith("this plan"))
+    calls, tokens, moving, visible, evaluations, relative = row.removeprefix("this plan").replace("×", "").split()
+    assert int(calls) == cost.ticks + cost.waiting_calls + cost.commits
+    assert int(tokens.replace(",", "")) == round(cost.tokens_per_tick)
+    assert int(moving.replace(",", "")) == cost.peak_moving_tokens
+    assert int(visible.replace(",", "")) == cost.peak_visible_tokens
+    assert int(evaluations.replace(",", "")) == cost.token_evaluations
+    assert float(relative) == round(cost.relative, 2)
+    full = next(line for line in out.splitlines() if line.startswith("full")).split()
+    assert full[1] == "28" and full[-2] == "1.00"
+
+
+def test_the_default_run_rolls(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    said(capsys, "--json", str(file))
+    plan = json.loads(file.read_text())["plan"]
+    assert (plan["height"], plan["width"], plan["window"], plan["overlap"], plan["lag"]) == (32, 32, 16, 8, 10)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("height, width", [(32, 32), (128, 32), (30, 58), (6, 6), (4, 4), (2, 2), (512, 128)])
+def test_the_fitted_window_always_makes_a_plan(order, height, width):
+    window = fit_window(order, height, width)
+    plan = make_plan(height, width, 20, order, window=window, overlap=window // 2 // 2 * 2)
+    extent = height if order in ROW_ORDERS else width if order in COLUMN_ORDERS else min(height, width)
+    assert 0.3 * extent <= window <= max(4, 0.7 * extent)
+    assert len(plan.blocks) > 1 or extent <= 4
+
+
+def test_a_window_alone_brings_half_of_it_as_overlap(capsys):
+    assert "window   24 cells, overlap 12:" in said(capsys, "--window", "24")
+    assert "window   6 cells, overlap 2:" in said(capsys, "--window", "6")
+
+
+def test_the_picture_shows_the_plan_and_keeps_its_settings(capsys, tmp_path):
+    file = tmp_path / "plan.png"
+    said(capsys, "--order", "spiral-out", "-o", str(file))
+    with Image.open(file) as image:
+        assert image.size == (1600, 880)
+    assert read_settings(file)["order"] == "spiral-out"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--window", "1"], ["window is 1 cells", "multiple of 2"]),
+        (["--window", "16", "--overlap", "16"], ["overlap is 16", "below the window of 16"]),
+        (["--width", "250"], ["--width is 250 pixels", "multiple of 16", "240 or 256"]),
+        (["--height", "8"], ["--height is 8 pixels", "take 16"]),
+        (["--order", "sprial-out"], ["did you mean 'spiral-out'?", "raster"]),
+        (["--steps", "0"], ["--steps", "at least 1"]),
+        (["--steps", "x"], ["--steps", "whole number"]),
+        (["--draft", "20"], ["draft is 20 steps", "from 0 to 19"]),
+        (["--persistence", "1.5"], ["--persistence", "from 0 to 1"]),
+        (["--persistence", "nan"], ["--persistence", "from 0 to 1"]),
+        (["--lag", "fast"], ["--lag", "'autoregressive'"]),
+        (["--lag", "21"], ["lag is 21", "from 0 to 20"]),
+        (["--ordre", "raster"], ["no option --ordre", "did you mean '--order'?"]),
+        (["raster"], ["no use for 'raster'"]),
+        (["-o", "/nowhere/plan.png"], ["/nowhere/plan.png", "no folder /nowhere"]),
+        (["-o", "plan.txt"], ["plan.txt", "must end in .png"]),
+        (["--seed", "-1"], ["--seed", "at least 0"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(capsys, argv, words):
+    try:
+        code = main(["plan", *argv])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") == 1 and error.startswith("rolling-diffusion")
+    assert all(word in error for word in words), error
+
+
+def test_a_misspelled_command_is_named(capsys):
+    assert main(["paln"]) == 2
+    assert "did you mean 'plan'?" in capsys.readouterr().err
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 0
+    assert "plan" in capsys.readouterr().out
