@@ -127,12 +127,13 @@ class RollingFluxTransformer2DModel(FluxTransformer2DModel):
 
         blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
         residuals = self._residuals(controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat)
+        checkpoint: Any = self._gradient_checkpointing_func
         for i, block in enumerate(blocks):
             past = None if memory is None else memory.layer(i)
             call = Call(i, text.shape[1], index, joint_index, past, bias, keep)
             arguments = x, text, temb, rope, {**(joint_attention_kwargs or {}), "rolling": call}
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                text, x = self._gradient_checkpointing_func(block, *arguments)
+                text, x = checkpoint(block, *arguments)
             else:
                 text, x = block(*arguments)
             if i in residuals:
