@@ -1,0 +1,136 @@
+"""Draws a scene: paper cut-outs with a cream edge on two hills under a sky. Anti-aliased by signed distances."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from .scene import COLOURS, Scene, Thing
+
+SKY = {  # top and bottom of the sky
+    "day": ((138, 200, 242), (226, 242, 250)),
+    "evening": ((206, 150, 190), (254, 216, 186)),
+    "night": ((18, 22, 58), (58, 62, 116)),
+}
+HILLS = {  # far and near hill
+    "grass": ((186, 214, 158), (158, 196, 128)),
+    "sand": ((244, 230, 196), (234, 214, 170)),
+    "snow": ((246, 250, 253), (226, 236, 246)),
+}
+SHADE = {  # the light that falls on the hills
+    "day": (1.0, 1.0, 1.0),
+    "evening": (0.95, 0.86, 0.9),
+    "night": (0.36, 0.42, 0.6),
+}
+CREAM = np.array((255, 249, 232), np.float32)
+INK = np.array((58, 44, 52), np.float32)
+EDGE = 3.0  # pixels of cream paper around every object
+
+Field = np.ndarray  # signed distance in pixels, below 0 inside
+
+
+def polygon(x: Field, y: Field, points: list[tuple[float, float]]) -> Field:
+    """Signed distance to a polygon (after I. Quilez, 'distance to a polygon'); x, y and points in the same units."""
+    distance = np.full(x.shape, np.inf, np.float32)
+    inside = np.zeros(x.shape, bool)
+    for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
+        ex, ey, wx, wy = x1 - x0, y1 - y0, x - x0, y - y0
+        t = np.clip((wx * ex + wy * ey) / (ex * ex + ey * ey), 0, 1)
+        np.minimum(distance, (wx - ex * t) ** 2 + (wy - ey * t) ** 2, out=distance)
+        if y0 != y1:
+            inside ^= ((y0 <= y) != (y1 <= y)) & (wx < ex * wy / ey)
+    return np.where(inside, -1, 1).astype(np.float32) * np.sqrt(distance)
+
+
+def _box(x: Field, y: Field, x0: float, x1: float, y0: float, y1: float) -> Field:
+    return polygon(x, y, [(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+
+
+def _star() -> list[tuple[float, float]]:
+    turn = np.pi / 5
+    return [
+        (float(np.sin(i * turn)) * r, -float(np.cos(i * turn)) * r)
+        for i in range(10)
+        for r in [1.04 if i % 2 == 0 else 0.5]
+    ]
+
+
+# Each kind: its coloured parts, its ink parts and its cream parts, in units of the radius, y downwards.
+def _shapes(kind: str, x: Field, y: Field) -> tuple[Field, list[tuple[Field, np.ndarray]]]:
+    if kind == "ball":
+        band = np.abs(np.hypot(x + 1.1, y + 1.0) - 1.32) - 0.1
+        return np.hypot(x, y) - 0.95, [(np.maximum(band, np.hypot(x, y) - 0.95), CREAM)]
+    if kind == "star":
+        return polygon(x, y, _star()), []
+    if kind == "house":
+        body = polygon(
+            x, y, [(-0.72, -0.12), (-0.98, -0.12), (0, -1.0), (0.98, -0.12), (0.72, -0.12), (0.72, 0.95), (-0.72, 0.95)]
+        )
+        return body, [(_box(x, y, -0.22, 0.22, 0.3, 0.95), INK), (np.hypot(x, y + 0.28) - 0.2, CREAM)]
+    if kind == "tree":
+        crown = polygon(
+            x, y, [(0, -1.0), (0.62, -0.2), (0.36, -0.2), (0.86, 0.55), (-0.86, 0.55), (-0.36, -0.2), (-0.62, -0.2)]
+        )
+        return crown, [(_box(x, y, -0.17, 0.17, 0.55, 1.0), INK)]
+    if kind == "boat":
+        hull = polygon(x, y, [(-1.0, 0.35), (1.0, 0.35), (0.6, 0.95), (-0.6, 0.95)])
+        sail = polygon(x, y, [(0.08, -1.0), (0.85, 0.1), (0.08, 0.1)])
+        jib = polygon(x, y, [(-0.12, -0.8), (-0.12, 0.1), (-0.72, 0.1)])
+        mast = _box(x, y, -0.09, 0.05, -1.0, 0.4)
+        return np.minimum(np.minimum(hull, sail), jib), [(mast, INK)]
+    if kind == "kite":
+        body = polygon(x, y, [(0, -1.0), (0.68, -0.3), (0, 0.62), (-0.68, -0.3)])
+        tail = np.maximum(np.abs(x - 0.16 * np.sin(y * 9.0)) - 0.06, np.abs(y - 0.8) - 0.22)
+        return body, [(tail, INK)]
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def _cover(distance: Field) -> Field:
+    """Share of a pixel that lies inside, from its signed distance in pixels."""
+    return np.clip(0.5 - distance, 0, 1)[..., None]
+
+
+@lru_cache(maxsize=512)
+def _background(width: int, height: int, time: str, ground: str, hill: int) -> np.ndarray:
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    top, low = (np.array(c, np.float32) for c in SKY[time])
+    horizon = 0.66 * height
+    picture = top + (low - top) * np.clip(y / horizon, 0, 1)[..., None]
+    for depth, colour in enumerate(HILLS[ground]):
+        line = (
+            horizon
+            + depth * 0.12 * height
+            + 9 * np.sin(2 * np.pi * (x / 300 + hill / 16 + 0.4 * depth)) * (1 + 0.4 * depth)
+        )
+        cover = _cover(line - y)
+        picture = picture * (1 - cover) + np.array(colour, np.float32) * np.array(SHADE[time], np.float32) * cover
+    picture.setflags(write=False)
+    return picture
+
+
+def _draw(picture: np.ndarray, thing: Thing) -> None:
+    r = thing.radius
+    reach = int(r + EDGE + 3)
+    x0, x1 = max(0, int(thing.x) - reach), min(picture.shape[1], int(thing.x) + reach + 2)
+    y0, y1 = max(0, int(thing.y) - reach), min(picture.shape[0], int(thing.y) + reach + 2)
+    y, x = np.mgrid[y0:y1, x0:x1].astype(np.float32)
+    x, y = (x + 0.5 - thing.x) / r, (y + 0.5 - thing.y) / r
+    body, details = _shapes(thing.kind, x, y)
+    whole = body
+    for part, _ in details:
+        whole = np.minimum(whole, part)
+    patch = picture[y0:y1, x0:x1]
+    colour = np.array(COLOURS[thing.colour], np.float32)
+    for distance, ink in [(whole * r - EDGE, CREAM), (body * r, colour), *((d * r, c) for d, c in details)]:
+        cover = _cover(distance)
+        patch *= 1 - cover
+        patch += ink * cover
+
+
+def render(scene: Scene) -> np.ndarray:
+    """The scene as pixels (height, width, 3), uint8, sRGB."""
+    picture = _background(scene.width, scene.height, scene.time, scene.ground, int(scene.hill * 16)).copy()
+    for thing in scene.things:
+        _draw(picture, thing)
+    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)

@@ -1,0 +1,166 @@
+"""What a storybook scene is, and how one is drawn at random: kinds, colours, places, relations, hours and grounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+KINDS = ("ball", "star", "house", "tree", "boat", "kite")
+COLOURS = {
+    "red": (214, 40, 48),
+    "orange": (246, 134, 28),
+    "yellow": (250, 208, 40),
+    "green": (24, 138, 72),
+    "blue": (40, 92, 218),
+    "purple": (138, 56, 176),
+}
+PLACES = ("left", "right", "top", "bottom", "centre")
+RELATIONS = ("left of", "right of", "above", "below")
+TIMES = ("day", "evening", "night")
+GROUNDS = ("grass", "sand", "snow")
+# One pair per kind and per colour is never trained: what a model draws for these, it has composed.
+HELD_OUT = frozenset(
+    {
+        ("ball", "purple"),
+        ("star", "green"),
+        ("house", "orange"),
+        ("tree", "blue"),
+        ("boat", "yellow"),
+        ("kite", "red"),
+    }
+)
+RADIUS = (24.0, 28.0)  # pixels from an object's centre to the edge of its box; the same on every canvas
+MARGIN = 32.0  # pixels that a centre keeps from the picture's edge
+APART = 63.0  # pixels between two centres: objects never touch
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object. x, y: centre in pixels; radius in pixels; place: the place the caption may name, if any."""
+
+    kind: str
+    colour: str
+    x: float = 0.0
+    y: float = 0.0
+    radius: float = 26.0
+    place: str | None = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A whole picture in numbers. relation: the named relation of the first thing to the second, if any."""
+
+    width: int
+    height: int
+    time: str
+    ground: str
+    things: tuple[Thing, ...]
+    relation: str | None = None
+    hill: float = 0.0
+
+
+def place_box(place: str | None, width: int, height: int) -> tuple[float, float, float, float]:
+    """(x0, x1, y0, y1) in pixels: where a centre may stand for a place to be true beyond doubt."""
+    x0, x1, y0, y1 = MARGIN, width - MARGIN, MARGIN, height - MARGIN
+    # A third of the picture, less a little, yet never nothing: the smallest canvas still has a left and a right.
+    near_x, near_y = max(MARGIN + 4, 0.32 * width), max(MARGIN + 4, 0.32 * height)
+    if place == "left":
+        x1 = near_x
+    elif place == "right":
+        x0 = width - near_x
+    elif place == "top":
+        y1 = near_y
+    elif place == "bottom":
+        y0 = height - near_y
+    elif place == "centre":
+        x0, x1, y0, y1 = 0.44 * width, 0.56 * width, 0.44 * height, 0.56 * height
+    return x0, x1, y0, y1
+
+
+def is_at(place: str, x: float, y: float, width: int, height: int) -> bool:
+    """Whether a centre (pixels) counts as standing at a place; a tenth of the picture is forgiven."""
+    x0, x1, y0, y1 = place_box(place, width, height)
+    if place in ("left", "right"):
+        return x <= x1 + 0.1 * width if place == "left" else x >= x0 - 0.1 * width
+    if place in ("top", "bottom"):
+        return y <= y1 + 0.1 * height if place == "top" else y >= y0 - 0.1 * height
+    return x0 - 0.1 * width <= x <= x1 + 0.1 * width and y0 - 0.1 * height <= y <= y1 + 0.1 * height
+
+
+def is_related(relation: str, a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """Whether centre a (x, y) stands in the relation to centre b: farther along its axis than across it."""
+    dx, dy = a[0] - b[0], a[1] - b[1]
+    if relation in ("left of", "right of"):
+        return abs(dx) > abs(dy) and (dx < 0) == (relation == "left of")
+    return abs(dy) > abs(dx) and (dy < 0) == (relation == "above")
+
+
+def arrange(scene: Scene, rng: np.random.Generator) -> Scene | None:
+    """The scene with centres and radii drawn so that places and relation hold; None if 60 tries found no room."""
+    for _ in range(60):
+        things: list[Thing] = []
+        for thing in scene.things:
+            x0, x1, y0, y1 = place_box(thing.place, scene.width, scene.height)
+            x, y = rng.uniform(x0, x1), rng.uniform(y0, y1)
+            if any((x - t.x) ** 2 + (y - t.y) ** 2 < APART**2 for t in things):
+                break
+            things.append(replace(thing, x=x, y=y, radius=rng.uniform(*RADIUS)))
+        else:
+            if scene.relation is None:
+                return replace(scene, things=tuple(things))
+            a, b = things[0], things[1]
+            across, along = abs(a.x - b.x), abs(a.y - b.y)
+            if scene.relation in ("left of", "right of"):
+                across, along = along, across
+            if across < 0.7 * along and is_related(scene.relation, (a.x, a.y), (b.x, b.y)):
+                return replace(scene, things=tuple(things))
+    return None
+
+
+def random_thing(rng: np.random.Generator, held_out: bool = False) -> tuple[str, str]:
+    """(kind, colour); held_out chooses only pairs that training never shows, otherwise they never come."""
+    pairs = sorted(HELD_OUT) if held_out else TRAINED_PAIRS
+    return pairs[int(rng.integers(len(pairs)))]
+
+
+TRAINED_PAIRS = [(k, c) for k in KINDS for c in COLOURS if (k, c) not in HELD_OUT]
+
+
+def random_scene(rng: np.random.Generator, width: int = 256, height: int = 256, held_out: bool = False) -> Scene:
+    """A scene of one of the shapes that captions can tell: one, two or three things, a count, or a relation."""
+    room = (width // 64) * (height // 64)
+    while True:
+        shape = rng.choice(["one", "two", "count", "relation", "three"], p=[0.2, 0.3, 0.22, 0.16, 0.12])
+        if shape == "one":
+            n = 1
+        elif shape in ("two", "relation"):
+            n = 2
+        else:
+            n = 3 if shape == "three" else int(rng.integers(2, 4))
+        if n > room - 2:
+            continue
+        pairs = [random_thing(rng, held_out) for _ in range(n)]
+        relation = None
+        if shape == "count":
+            # Half the groups share one colour, so that "three red stars" can be said.
+            same = rng.random() < 0.5
+            kind, colour = pairs[0]
+            others = [c for k, c in TRAINED_PAIRS if k == kind]
+            rest = [colour if same or held_out else str(rng.choice(others)) for _ in pairs[1:]]
+            pairs = [(kind, c) for c in [colour, *rest]]
+            places = [None] * n
+        else:
+            if len({k for k, _ in pairs}) < n:
+                continue
+            if shape == "relation":
+                relation = str(rng.choice(RELATIONS))
+                places = [None] * n
+            else:
+                drawn = [str(p) for p in rng.permutation(PLACES)[:n]]
+                places = [p if rng.random() < 0.5 else None for p in drawn]
+        things = tuple(Thing(k, c, place=p) for (k, c), p in zip(pairs, places))
+        scene = Scene(width, height, str(rng.choice(TIMES)), str(rng.choice(GROUNDS)), things, relation, rng.random())
+        arranged = arrange(scene, rng)
+        if arranged is not None:
+            return arranged
