@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import plan
+from . import generate, plan
 from .arguments import Parser, fail, nearest
 
 COMMANDS = {
+    "generate": (generate, "draw a picture from a prompt"),
     "plan": (plan, "show what a plan costs and how it looks"),
 }
 

@@ -1,0 +1,92 @@
+"""Which model: found and checked before it is loaded, put on a device, asked for the words it does not know."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+EMBEDDED = "embedded"
+EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded"
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PARTS_WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
+
+
+def locate(name: str) -> str:
+    """A folder, a checkpoint file or a hub id for `name`; ValueError if a local one is missing or not whole."""
+    path = EMBEDDED_FOLDER if name == EMBEDDED else Path(name).expanduser()
+    if path.is_dir():
+        check_folder(path)
+        return str(path)
+    if path.is_file():
+        if path.suffix not in (".safetensors", ".gguf"):
+            raise ValueError(f"--model {name} must be a folder, or a .safetensors or .gguf file")
+        return str(path)
+    if name == EMBEDDED:
+        raise ValueError("the embedded model is missing from this installation: install the package again")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".") or path.suffix in WEIGHTS:
+        raise ValueError(f"--model {name}: there is no such folder or file")
+    return name
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError unless every part that model_index.json names is in the folder, with its weights."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no model_index.json")
+    try:
+        parts = json.loads(index.read_text())
+    except ValueError:
+        raise ValueError(f"{index} is not valid JSON") from None
+    for part, kind in parts.items():
+        if part.startswith("_") or not (isinstance(kind, list) and kind[0]):
+            continue
+        if not (folder / part).is_dir():
+            raise ValueError(f"the model folder {folder} has no {part} folder, which its model_index.json names")
+        files = [file.name for file in (folder / part).iterdir()]
+        if not any(name.endswith(".json") for name in files):
+            raise ValueError(f"{part} in the model folder {folder} has no configuration")
+        if part not in PARTS_WITHOUT_WEIGHTS and not any(name.endswith(WEIGHTS) for name in files):
+            raise ValueError(f"{part} in the model folder {folder} has no weights")
+
+
+def device_named(name: str) -> str:
+    """The device to use; "auto" takes a GPU where there is one. ValueError if it is unknown or absent."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is unknown: take auto, cpu, cuda, cuda:1 or mps") from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= count.get(device.type, 1):
+        raise ValueError(f"--device {name} is not on this machine: leave --device out, or take cpu")
+    return name
+
+
+def dtype_named(name: str, device: str) -> torch.dtype:
+    """The number format; "auto" is bfloat16 on CUDA and float32 elsewhere."""
+    import torch
+
+    return getattr(torch, name if name != "auto" else "bfloat16" if device.startswith("cuda") else "float32")
+
+
+def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
+    """Words of the prompt that the tokenizer has no entry for, in order, each once."""
+    if getattr(tokenizer, "unk_token_id", None) is None:
+        return []
+    words = dict.fromkeys(re.findall(r"\w+", prompt.lower()))
+    return [w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False).input_ids]
+
+
+def known_words(tokenizer: Any) -> list[str]:
+    """The tokenizer's words, sorted, without its special tokens."""
+    special = set(tokenizer.all_special_tokens)
+    return sorted(w for w in tokenizer.get_vocab() if w not in special and w.isalpha())
