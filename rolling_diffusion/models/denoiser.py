@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -164,7 +165,9 @@ class FluxDenoiser:
             return
         sigma = self.context_noise
         if sigma > 0:
-            generator = torch.Generator().manual_seed(((self.seed << 32) + block.index) % 2**63)
+            # Hashed, because CPU generators read the low 32 bits of a seed only.
+            seed = random.Random(f"{self.seed} {block.index}").getrandbits(32)
+            generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(x0.shape, generator=generator).to(x0)
             x0 = (1 - sigma) * x0 + sigma * noise
         self._call([block], [x0], torch.tensor([sigma]), "finished", waiting=self.commit_waiting)
@@ -215,7 +218,7 @@ class FluxDenoiser:
         if embeds.shape[0] != batch * repeats:
             if embeds.shape[0] != repeats:
                 raise ValueError(
-                    f"{embeds.shape[0] // repeats} prompts for a batch of {batch} latents: give one or {batch}."
+                    f"{embeds.shape[0] // repeats} prompts meet {batch} latents: give one prompt, or {batch}."
                 )
             embeds, pooled = (t.repeat_interleave(batch, dim=0) for t in (embeds, pooled))
         if repeats == 2:
