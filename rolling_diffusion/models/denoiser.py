@@ -115,7 +115,7 @@ class FluxDenoiser:
         memory_device: torch.device | str | None = None,
         text_level: str = "max",
         context_noise: float = 0.0,
-        commit_waiting: bool = False,
+        commit_waiting: bool = True,
         seed: int = 0,
     ):
         self.transformer, self.cfg, self.text_level = transformer, cfg, text_level

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxTransformer2DModel
-from diffusers.utils.peft_utils import apply_lora_scale
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -66,7 +66,6 @@ class RollingFluxTransformer2DModel(FluxTransformer2DModel):
     def _attentions(self) -> list[Any]:
         return [block.attn for block in (*self.transformer_blocks, *self.single_transformer_blocks)]
 
-    @apply_lora_scale("joint_attention_kwargs")
     def forward(
         self,
         hidden_states: Tensor,
@@ -98,18 +97,18 @@ class RollingFluxTransformer2DModel(FluxTransformer2DModel):
         if ranges is None and memory is None and keep is None:
             stock: Any = super().forward  # its annotations deny the None that its defaults allow
             return stock(
-                hidden_states,
-                encoder_hidden_states,
-                pooled_projections,
-                timestep,
-                img_ids,
-                txt_ids,
-                guidance,
-                joint_attention_kwargs,
-                controlnet_block_samples,
-                controlnet_single_block_samples,
-                return_dict,
-                controlnet_blocks_repeat,
+                hidden_states=hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                pooled_projections=pooled_projections,
+                timestep=timestep,
+                img_ids=img_ids,
+                txt_ids=txt_ids,
+                guidance=guidance,
+                joint_attention_kwargs=joint_attention_kwargs,
+                controlnet_block_samples=controlnet_block_samples,
+                controlnet_single_block_samples=controlnet_single_block_samples,
+                return_dict=return_dict,
+                controlnet_blocks_repeat=controlnet_blocks_repeat,
             )
         if encoder_hidden_states is None or pooled_projections is None or timestep is None:
             raise ValueError("A rolling call needs encoder_hidden_states, pooled_projections and timestep.")
@@ -117,32 +116,51 @@ class RollingFluxTransformer2DModel(FluxTransformer2DModel):
             raise ValueError("A rolling call needs img_ids and txt_ids, the positions of its tokens.")
         self._check_processors()
         index, timestep = self._levels(hidden_states, timestep, ranges, text_level)
-        temb = self._embed(timestep, guidance, pooled_projections, hidden_states.dtype)
-        x, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
-        rope = self.pos_embed(torch.cat((txt_ids, img_ids), dim=0))
+        residuals = self._residuals(controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat)
+        options = dict(joint_attention_kwargs or {})
+        lora_scale = options.pop("scale", 1.0)
+        if USE_PEFT_BACKEND:
+            scale_lora_layers(self, lora_scale)
+        try:
+            x, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
+            temb = self._embed(timestep, guidance, pooled_projections, x.dtype)
+            rope = self.pos_embed(torch.cat((txt_ids, img_ids), dim=0))
+            out = self._run(x, text, temb, rope, index, memory, keep, residuals, options)
+        finally:
+            if USE_PEFT_BACKEND:
+                unscale_lora_layers(self, lora_scale)
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+    def _run(
+        self,
+        x: Tensor,
+        text: Tensor,
+        temb: Tensor,
+        rope: Any,
+        index: Tensor | None,
+        memory: View | None,
+        keep: Keep | None,
+        residuals: dict[int, Tensor],
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Embedded image and text tokens (B, tokens, width) through all blocks to the output (B, tokens, channels)."""
         joint_index = None if index is None else F.pad(index + 1, (text.shape[1], 0))
         bias = None
         if memory is not None and memory.bias is not None:
             bias = F.pad(memory.bias, (text.shape[1] + x.shape[1], 0))[None, None, None]
-
-        blocks = (*self.transformer_blocks, *self.single_transformer_blocks)
-        residuals = self._residuals(controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat)
         checkpoint: Any = self._gradient_checkpointing_func
-        for i, block in enumerate(blocks):
+        for i, block in enumerate((*self.transformer_blocks, *self.single_transformer_blocks)):
             past = None if memory is None else memory.layer(i)
             call = Call(i, text.shape[1], index, joint_index, past, bias, keep)
-            arguments = x, text, temb, rope, {**(joint_attention_kwargs or {}), "rolling": call}
+            arguments = x, text, temb, rope, {**options, "rolling": call}
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 text, x = checkpoint(block, *arguments)
             else:
                 text, x = block(*arguments)
             if i in residuals:
                 x = x + residuals[i]
-
-        call = Call(len(blocks), text.shape[1], index, None, None, None, None)
         scale, shift = call.image(self.norm_out.linear, temb.to(x.dtype), 2)
-        out = self.proj_out(self.norm_out.norm(x) * (1 + scale) + shift)
-        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+        return self.proj_out(self.norm_out.norm(x) * (1 + scale) + shift)
 
     def _levels(
         self, x: Tensor, timestep: Tensor, ranges: Sequence[int] | Tensor | None, text_level: str
