@@ -35,7 +35,7 @@ CONFIG = {
 }  # fmt: skip
 DROP_CAPTION = 0.1
 # Canvases in pixels (width, height), the batch that takes about as long on each, and their shares early and late.
-CANVASES = ((128, 128, 64), (192, 192, 36), (256, 256, 24), (256, 384, 16), (384, 256, 16), (256, 512, 12))
+CANVASES = ((128, 128, 32), (192, 192, 24), (256, 256, 16), (256, 384, 12), (384, 256, 12), (256, 512, 8))
 EARLY, LATE = (0.85, 0.15, 0, 0, 0, 0), (0.05, 0.15, 0.6, 0.08, 0.04, 0.08)
 
 
@@ -109,7 +109,9 @@ class Source:
         return torch.sigmoid(0.4 + 1.1 * torch.randn(count, generator=self.generator))
 
 
-def call(model: nn.Module, batch: Batch, x: Tensor, chosen: Tensor | None, levels: Tensor, index: Tensor | None, **more):
+def call(
+    model: nn.Module, batch: Batch, x: Tensor, chosen: Tensor | None, levels: Tensor, index: Tensor | None, **more
+):
     """One model call: x (B, n, 64) tokens, `chosen` of the canvas (None: all), levels (B, k), index (n,) of each token's."""
     with torch.autocast("cpu" if x.device.type == "cpu" else "cuda", torch.bfloat16):
         return model(
@@ -142,7 +144,9 @@ def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> Tensor:
     window = 2 * int(rng.integers(4, max(h, w) // 2 + 1))
     thick = 2 * int(rng.integers(2, max(3, window // 4 + 1)))
     lag = None if rng.random() < 0.6 else int(rng.integers(1, steps - draft + 1))
-    plan = make_plan(h, w, steps, order, window, max(0, window - thick), draft, lag=lag, seed=int(rng.integers(1 << 20)))
+    plan = make_plan(
+        h, w, steps, order, window, max(0, window - thick), draft, lag=lag, seed=int(rng.integers(1 << 20))
+    )
     n = len(plan.blocks)
     owner = torch.empty(h // 2, w // 2, dtype=torch.long)
     for g, block in enumerate(plan.blocks):
@@ -166,7 +170,9 @@ def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> Tensor:
     else:
         chosen = moving[owner].nonzero()[:, 0]
         if seen != "nothing":
-            more["memory"] = remember(model, batch, noisy, levels, owner, finished, waiting if seen == "memory" else None)
+            more["memory"] = remember(
+                model, batch, noisy, levels, owner, finished, waiting if seen == "memory" else None
+            )
     # Only levels that tokens in the call have: the text takes the largest of them.
     present, index = owner[chosen].unique(return_inverse=True)
     v = call(model, batch, noisy[:, chosen], chosen, levels[:, present], index, **more)
@@ -177,7 +183,13 @@ def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def remember(
-    model: nn.Module, batch: Batch, noisy: Tensor, levels: Tensor, owner: Tensor, finished: Tensor, waiting: Tensor | None
+    model: nn.Module,
+    batch: Batch,
+    noisy: Tensor,
+    levels: Tensor,
+    owner: Tensor,
+    finished: Tensor,
+    waiting: Tensor | None,
 ) -> View | None:
     """Keys and values as sampling would have stored them: waiting blocks from the draft, finished ones clean."""
     parts: list[dict[int, tuple[Tensor, Tensor]]] = []

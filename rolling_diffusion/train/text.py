@@ -111,7 +111,9 @@ def lesson(rng: np.random.Generator, batch: int) -> tuple[list[str], dict[str, T
     return [c.text for c in captions], truth
 
 
-def train_text(path: Path, steps: int, *, seed: int = 0, batch: int = 64, log=print) -> tuple[T5EncoderModel, CLIPTextModel]:
+def train_text(
+    path: Path, steps: int, *, seed: int = 0, batch: int = 64, log=print
+) -> tuple[T5EncoderModel, CLIPTextModel]:
     """Trains both encoders, or reads them back from path if that was done; returns them frozen."""
     torch.manual_seed(seed)
     t5, clip = new_encoders()
@@ -134,6 +136,8 @@ def train_text(path: Path, steps: int, *, seed: int = 0, batch: int = 64, log=pr
         optimiser.step()
         schedule.step()
         if step % 50 == 0:
-            log(f"text: step {step}, {time.time() - started:.0f} s, loss {loss.item():.4f}, understood {right.item():.3f}")
+            log(
+                f"text: step {step}, {time.time() - started:.0f} s, loss {loss.item():.4f}, understood {right.item():.3f}"
+            )
     write(path, pack("t5", t5.state_dict()) | pack("clip", clip.state_dict()), steps=steps)
     return t5.eval().requires_grad_(False), clip.eval().requires_grad_(False)

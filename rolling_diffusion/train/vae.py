@@ -111,7 +111,14 @@ def encode(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def train_decoder(
-    vae: AutoencoderTiny, path: Path, minutes: float, *, seed: int = 0, batch: int = 16, pool: int = 1500, log: Log = print
+    vae: AutoencoderTiny,
+    path: Path,
+    minutes: float,
+    *,
+    seed: int = 0,
+    batch: int = 16,
+    pool: int = 1500,
+    log: Log = print,
 ) -> None:
     """Trains the decoder on 64×64 crops for some minutes of wall-clock; saves to path; resumes from it.
 
@@ -163,6 +170,8 @@ def train_decoder(
     decoder.eval()
 
 
-def _save(path: Path, decoder: nn.Module, average: Average, optimiser: torch.optim.Optimizer, step: int, seconds: float):
+def _save(
+    path: Path, decoder: nn.Module, average: Average, optimiser: torch.optim.Optimizer, step: int, seconds: float
+):
     tensors = pack("model", decoder.state_dict()) | pack("average", average.values)
     write(path, tensors | pack("optimiser", optimiser_state(optimiser)), step=step, seconds=seconds)

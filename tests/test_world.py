@@ -1,0 +1,153 @@
+"""The world: what is drawn is what was told, and the detectors see exactly that."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from rolling_diffusion.world.caption import PLACE_WORDS, caption, split, vocabulary
+from rolling_diffusion.world.detect import detect
+from rolling_diffusion.world.render import render
+from rolling_diffusion.world.scene import (
+    COLOURS,
+    GROUNDS,
+    HELD_OUT,
+    KINDS,
+    MARGIN,
+    TIMES,
+    Scene,
+    Thing,
+    arrange,
+    is_at,
+    is_related,
+    random_scene,
+)
+from rolling_diffusion.world.score import APART, TASKS, difference, interval, judge, make_prompt, make_prompts, summary
+
+
+def illustrate(prompt, rng, width=256, height=256):
+    """The renderer's own picture of a prompt."""
+    things = prompt.wanted
+    scene = Scene(
+        width, height, str(rng.choice(TIMES)), str(rng.choice(GROUNDS)), things, prompt.relation, rng.random()
+    )
+    arranged = arrange(scene, rng)
+    assert arranged is not None
+    return render(arranged)
+
+
+def test_renderers_own_pictures_score_at_least_99_percent():
+    rng = np.random.default_rng(11)
+    verdicts = []
+    for prompt in make_prompts(270, seed=5, tasks=(*TASKS, *APART)):
+        verdicts.append(judge(prompt, illustrate(prompt, rng)))
+    result = summary(verdicts)
+    assert result["score"] >= 0.99
+    assert all(share >= 0.96 for share in result["tasks"].values()), result["tasks"]
+    assert result["invented"] == 0
+
+
+@pytest.mark.parametrize("size", [(128, 128), (192, 192), (256, 768), (640, 256)])
+def test_every_object_is_found_at_any_size(size):
+    rng = np.random.default_rng(2)
+    for _ in range(25):
+        scene = random_scene(rng, *size)
+        picture = render(scene)
+        assert picture.shape == (size[1], size[0], 3)
+        seen = sorted((str(f.kind), f.colour) for f in detect(picture))
+        assert seen == sorted((t.kind, t.colour) for t in scene.things)
+
+
+def test_objects_keep_their_size_on_larger_canvases():
+    areas = [
+        (render(Scene(w, w, "day", "snow", (Thing("ball", "red", w / 2, w / 2, 26),))) == COLOURS["red"]).all(-1).sum()
+        for w in (128, 512)
+    ]
+    assert areas[0] == areas[1] > 1000
+
+
+def test_a_scene_is_the_same_for_the_same_seed():
+    one, two = (render(random_scene(np.random.default_rng(4))) for _ in range(2))
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, render(random_scene(np.random.default_rng(5))))
+
+
+def test_training_never_shows_a_held_out_pair_and_every_other():
+    rng = np.random.default_rng(0)
+    shown = {(t.kind, t.colour) for _ in range(2000) for t in random_scene(rng).things}
+    assert not shown & HELD_OUT
+    assert len(shown) == len(KINDS) * len(COLOURS) - len(HELD_OUT)
+    held = {(t.kind, t.colour) for _ in range(100) for t in random_scene(rng, held_out=True).things}
+    assert held <= HELD_OUT
+
+
+def test_captions_say_what_the_scene_shows():
+    rng = np.random.default_rng(1)
+    known = set(vocabulary())
+    for _ in range(500):
+        scene = random_scene(rng)
+        told = caption(scene, rng)
+        assert set(told.words) <= known and len(told.words) <= 30
+        assert split(told.text) == list(told.words)
+        for thing in scene.things:
+            assert any(w in (thing.kind, thing.kind + "s") for w in told.words)
+            if thing.place:
+                assert any(p in told.text for p in PLACE_WORDS[thing.place])
+
+
+def test_the_colour_that_is_told_is_the_things_own():
+    rng = np.random.default_rng(3)
+    names = list(COLOURS)
+    for _ in range(300):
+        scene = random_scene(rng)
+        for word, tag in zip((told := caption(scene, rng)).words, told.tags):
+            if word in COLOURS and tag.thing:  # "over green hills" tells of no thing
+                assert names[tag.colour - 1] == word
+                thing = scene.things[tag.thing - 1]
+                assert thing.colour == word and KINDS[tag.kind - 1] == thing.kind
+
+
+@pytest.mark.parametrize("task", [*TASKS, *APART])
+def test_a_picture_of_something_else_is_judged_wrong(task):
+    rng = np.random.default_rng(6)
+    prompt = make_prompt(task, rng)
+    picture = illustrate(prompt, rng)
+    assert judge(prompt, picture).right
+    assert not judge(prompt, render(Scene(256, 256, "day", "sand", ()))).right
+    swap = {k: KINDS[(i + 1) % len(KINDS)] for i, k in enumerate(KINDS)}
+    other = replace(prompt, wanted=tuple(replace(t, kind=swap[t.kind]) for t in prompt.wanted))
+    assert not judge(other, picture).right
+
+
+def test_swapped_colours_and_surplus_objects_are_noticed():
+    rng = np.random.default_rng(8)
+    prompt = make_prompt("colour binding", rng)
+    a, b = prompt.wanted
+    swapped = replace(prompt, wanted=(replace(a, colour=b.colour), replace(b, colour=a.colour)))
+    assert not judge(prompt, illustrate(swapped, rng)).right
+    more = replace(prompt, wanted=(a, b, Thing("ball", "red")))
+    verdict = judge(prompt, illustrate(more, rng))
+    assert verdict.found == 3 and verdict.invented == 1
+
+
+def test_places_and_relations():
+    assert is_at("left", 60, 200, 256, 256) and not is_at("left", 140, 200, 256, 256)
+    assert is_at("centre", 128, 128, 256, 256) and not is_at("centre", 60, 128, 256, 256)
+    assert is_related("above", (50, 20), (60, 200)) and not is_related("left of", (50, 20), (60, 200))
+    assert MARGIN > 28
+
+
+def test_intervals_hold_their_shares():
+    assert interval(10, 10)[1] == 1.0 and 0.6 < interval(10, 10)[0] < 0.8
+    low, high = interval(45, 50)
+    assert low < 0.9 < high
+    rng = np.random.default_rng(0)
+    prompts = make_prompts(12, 3)
+    right = [judge(p, illustrate(p, rng)) for p in prompts]
+    wrong = [judge(p, render(Scene(256, 256, "day", "sand", ()))) for p in prompts]
+    mean, low, high = difference(right, wrong)
+    assert mean == low == high == 1.0
+
+
+def test_prompts_are_the_same_for_the_same_seed():
+    assert make_prompts(12, 9) == make_prompts(12, 9) != make_prompts(12, 10)
