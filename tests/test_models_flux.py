@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from peft import LoraConfig
 from tiny_flux import CONFIG, inputs, models, per_token_flux
 from torch import Tensor, nn
@@ -199,6 +200,30 @@ def test_controlnet_residuals_are_added_as_in_the_stock_model(repeat: bool):
 
 
 @torch.no_grad()
+def test_an_ip_adapter_acts_in_a_rolling_call_as_in_the_stock_model_and_can_be_unloaded():
+    stock, rolling = models()
+    for model in (stock, rolling):
+        torch.manual_seed(4)
+        model.encoder_hid_proj = nn.Identity()
+        for block in model.transformer_blocks:
+            block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 24, scale=0.7))
+        for block in model.single_transformer_blocks:  # as load_ip_adapter does
+            block.attn.set_processor(FluxAttnProcessor())
+    picture = {"ip_adapter_image_embeds": [torch.randn(2, 4, 24)]}
+    call = inputs()
+    expected = stock(**call, timestep=T, joint_attention_kwargs=dict(picture)).sample
+    assert torch.equal(rolling(**call, timestep=T, joint_attention_kwargs=dict(picture)).sample, expected)
+    assert torch.equal(rolling(**call, timestep=T, joint_attention_kwargs=dict(picture), keep={}).sample, expected)
+    assert torch.equal(rolling(**call, timestep=T, joint_attention_kwargs=dict(picture)).sample, expected)
+    assert all(isinstance(b.attn.processor, FluxIPAdapterAttnProcessor) for b in rolling.transformer_blocks)
+    for block in rolling.transformer_blocks:  # as unload_ip_adapter does
+        block.attn.set_processor(FluxAttnProcessor())
+    without = rolling(**call, timestep=T, keep={}).sample
+    assert torch.equal(without, models()[0](**call, timestep=T).sample)
+    assert not torch.allclose(without, expected, atol=1e-3)
+
+
+@torch.no_grad()
 def test_weights_travel_both_ways_between_the_folders_of_the_two_classes(tmp_path):
     stock, rolling = models(guidance=True)
     call = inputs(guidance=True)
@@ -315,8 +340,8 @@ def test_half_precision_and_autocast_run():
 def test_wrong_ranges_levels_and_processors_are_named():
     _, rolling = models()
     other = copy.deepcopy(rolling)
-    other.transformer_blocks[0].attn.set_processor(FluxIPAdapterAttnProcessor(32, 24))
-    with pytest.raises(ValueError, match=r"FluxIPAdapterAttnProcessor.*unload the IP-Adapter"):
+    other.transformer_blocks[0].attn.set_processor(AttnProcessor2_0())
+    with pytest.raises(ValueError, match="AttnProcessor2_0 knows no memory"):
         other(**inputs(), timestep=torch.rand(2, 2), ranges=[6, 6])
     with pytest.raises(ValueError, match="needs img_ids"):
         rolling(**{**inputs(), "img_ids": None}, timestep=T, keep={})

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.memory import View
 from .blocks import (
+    ROLLING_PROCESSORS,
     Call,
     Keep,
-    RollingFluxAttnProcessor,
     RollingFluxSingleTransformerBlock,
     RollingFluxTransformerBlock,
 )
@@ -57,11 +57,7 @@ class RollingFluxTransformer2DModel(FluxTransformer2DModel):
             block.__class__ = RollingFluxTransformerBlock
         for block in self.single_transformer_blocks:
             block.__class__ = RollingFluxSingleTransformerBlock
-        for attention in self._attentions():
-            if type(attention.processor) is FluxAttnProcessor:
-                processor = RollingFluxAttnProcessor()
-                processor.__dict__.update(vars(attention.processor))  # a chosen attention backend stays chosen
-                attention.set_processor(processor)
+        self._adopt_processors()
 
     def _attentions(self) -> list[Any]:
         return [block.attn for block in (*self.transformer_blocks, *self.single_transformer_blocks)]
@@ -114,10 +110,13 @@ class RollingFluxTransformer2DModel(FluxTransformer2DModel):
             raise ValueError("A rolling call needs encoder_hidden_states, pooled_projections and timestep.")
         if img_ids is None or txt_ids is None:
             raise ValueError("A rolling call needs img_ids and txt_ids, the positions of its tokens.")
-        self._check_processors()
+        self._adopt_processors()
         index, timestep = self._levels(hidden_states, timestep, ranges, text_level)
         residuals = self._residuals(controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat)
         options = dict(joint_attention_kwargs or {})
+        if "ip_adapter_image_embeds" in options:
+            project: Any = self.encoder_hid_proj
+            options["ip_hidden_states"] = project(options.pop("ip_adapter_image_embeds"))
         lora_scale = options.pop("scale", 1.0)
         if USE_PEFT_BACKEND:
             scale_lora_layers(self, lora_scale)
@@ -197,14 +196,14 @@ class RollingFluxTransformer2DModel(FluxTransformer2DModel):
             scaled.append(guidance.to(dtype).repeat_interleave(levels) * 1000)
         return self.time_text_embed(*scaled, pooled.repeat_interleave(levels, dim=0)).unflatten(0, (batch, levels))
 
-    def _check_processors(self) -> None:
-        other = {type(attention.processor).__name__ for attention in self._attentions()}
-        other.discard(RollingFluxAttnProcessor.__name__)
-        if other:
-            raise ValueError(
-                f"Attention processors {sorted(other)} know neither memory nor noise levels per block; "
-                "unload the IP-Adapter, or sample with lag 0."
-            )
+    def _adopt_processors(self) -> None:
+        """Attention processors learn of memory in place, also those that loading an IP-Adapter has put there since."""
+        for attention in self._attentions():
+            kind = type(attention.processor)
+            if kind in ROLLING_PROCESSORS:
+                attention.processor.__class__ = ROLLING_PROCESSORS[kind]
+            elif kind not in ROLLING_PROCESSORS.values():
+                raise ValueError(f"The attention processor {kind.__name__} knows no memory; use FluxAttnProcessor.")
 
     def _residuals(
         self, double: Sequence[Tensor] | None, single: Sequence[Tensor] | None, repeat: bool
