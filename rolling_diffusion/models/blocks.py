@@ -58,7 +58,7 @@ class Call:
 def _attend(
     processor: Any, attn: Any, image: Tensor, text: Tensor | None, rope: Any, rolling: Call
 ) -> tuple[Any, Tensor]:
-    """Attention over [text, image, memory]: the output, (image, text) in double blocks, and image's queries before RoPE.
+    """Attention over [text, image, memory]: output, (image, text) in double blocks, and image queries before RoPE.
 
     In single blocks text is None, and image holds the text too, in front.
     """
