@@ -122,7 +122,7 @@ class Order(Sequence[Block]):
 
 def _spiral(down: int, across: int) -> list[int]:
     """Flat positions of a grid, clockwise from the top left corner to the centre: take the top row, turn the rest."""
-    grid: list[Sequence[int]] = [range(r * across, (r + 1) * across) for r in range(down)]
+    grid: Sequence[Sequence[int]] = [range(r * across, (r + 1) * across) for r in range(down)]
     path: list[int] = []
     while grid:
         path.extend(grid[0])
