@@ -23,7 +23,8 @@ def write(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, "pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, json.loads((file.metadata() or {})["facts"])
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (no mapping, only its methods)
+        return tensors, json.loads((file.metadata() or {})["facts"])
 
 
 def pack(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Training of the embedded transformer: flow matching, first on whole pictures, then on the states rolling samples in.
+"""Training of the embedded transformer: flow matching on whole pictures, then on the states that rolling samples in.
 
 The uniform stage shows the model whole canvases at one noise level, as FLUX.1-dev was trained. The rolling stage draws
 a random plan and a random tick of it, and trains on that very state: blocks in motion at staggered levels, finished
@@ -35,12 +35,12 @@ CONFIG = {
 }  # fmt: skip
 DROP_CAPTION = 0.1
 # Canvases in pixels (width, height), the batch that takes about as long on each, and their shares early and late.
-CANVASES = ((128, 128, 32), (192, 192, 24), (256, 256, 16), (256, 384, 12), (384, 256, 12), (256, 512, 8))
-EARLY, LATE = (0.85, 0.15, 0, 0, 0, 0), (0.05, 0.15, 0.6, 0.08, 0.04, 0.08)
+CANVASES = ((128, 128, 48), (192, 192, 32), (256, 256, 20), (256, 384, 14), (384, 256, 14), (256, 512, 10))
+EARLY, LATE = (0.85, 0.15, 0, 0, 0, 0), (0.4, 0.22, 0.28, 0.04, 0.02, 0.04)
 
 
 def new_transformer(seed: int = 0) -> RollingFluxTransformer2DModel:
-    """A small Flux whose modulations and output start at zero (adaLN-Zero, 2212.09748), so that it trains from a calm."""
+    """A small Flux whose modulations and output start at zero (adaLN-Zero, 2212.09748)."""
     torch.manual_seed(seed)
     model = RollingFluxTransformer2DModel(**CONFIG)
     for name, module in model.named_modules():
@@ -59,14 +59,14 @@ def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
         matrix = p.ndim == 2 and "blocks" in name and "norm" not in name
         (hidden if matrix else other).append(p)
     return [
-        torch.optim.Muon(hidden, lr=1.0, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(hidden, lr=1.0, weight_decay=0.02, ns_steps=4, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(other, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
 @dataclass
 class Batch:
-    """tokens (B, n, 64) clean; noise alike; text (B, 32, 128); pooled (B, 128); ids (n, 3); rows and columns of tokens."""
+    """Clean tokens (B, n, 64), noise alike, text (B, 32, 128), pooled (B, 128), ids (n, 3); rows, columns of tokens."""
 
     tokens: Tensor
     noise: Tensor
@@ -91,8 +91,8 @@ def positions(rows: int, columns: int) -> Tensor:
 class Source:
     """Endless fresh scenes as batches."""
 
-    def __init__(self, vae: tuple[Tensor, Tensor], encoders: tuple, seed: int) -> None:
-        self.vae, self.encoders = vae, encoders
+    def __init__(self, vae: tuple[Tensor, Tensor], encoders: tuple, seed: int, device: str = "cpu") -> None:
+        self.vae, self.encoders, self.device = vae, encoders, device
         self.rng, self.generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
 
     def draw(self, width: int, height: int, count: int) -> Batch:
@@ -102,25 +102,27 @@ class Source:
         tokens = pack_cells(encode(x, *self.vae))
         text, pooled = embed(*self.encoders, texts)
         noise = torch.randn(tokens.shape, generator=self.generator)
-        return Batch(tokens, noise, text, pooled, positions(height // 16, width // 16), height // 16, width // 16)
+        ids = positions(height // 16, width // 16)
+        on = [x.to(self.device) for x in (tokens, noise, text, pooled, ids)]
+        return Batch(*on, height // 16, width // 16)
 
     def levels(self, count: int) -> Tensor:
         """(count,) noise levels, logit-normal, somewhat to the noisy side, where a picture's plan is decided."""
-        return torch.sigmoid(0.4 + 1.1 * torch.randn(count, generator=self.generator))
+        return torch.sigmoid(0.4 + 1.1 * torch.randn(count, generator=self.generator)).to(self.device)
 
 
 def call(
     model: nn.Module, batch: Batch, x: Tensor, chosen: Tensor | None, levels: Tensor, index: Tensor | None, **more
 ):
-    """One model call: x (B, n, 64) tokens, `chosen` of the canvas (None: all), levels (B, k), index (n,) of each token's."""
-    with torch.autocast("cpu" if x.device.type == "cpu" else "cuda", torch.bfloat16):
+    """One model call on x (B, n, 64), tokens `chosen` (None: all) of the canvas; levels (B, k), index (n,) into it."""
+    with torch.autocast(x.device.type, torch.bfloat16):
         return model(
             hidden_states=x,
             encoder_hidden_states=batch.text,
             pooled_projections=batch.pooled,
             timestep=levels,
             img_ids=batch.ids if chosen is None else batch.ids[chosen],
-            txt_ids=torch.zeros(batch.text.shape[1], 3),
+            txt_ids=batch.text.new_zeros(batch.text.shape[1], 3),
             return_dict=False,
             ranges=index,
             **more,
@@ -161,6 +163,7 @@ def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> Tensor:
     # Every schedule that a sampler may use is some shift of the even one; levels lie anywhere within a step.
     shift = float(np.exp(rng.uniform(np.log(0.8), np.log(4))))
     even = 1 - (step + moving * torch.rand(len(batch.tokens), 1, generator=source.generator)) / steps
+    even = even.to(source.device)
     levels = (shift * even / (1 + (shift - 1) * even)).clamp(min=0)
     seen = str(rng.choice(["call", "memory", "finished", "nothing"], p=[0.35, 0.45, 0.12, 0.08]))
     noisy = batch.tokens.lerp(batch.noise, levels[:, owner, None])
@@ -204,7 +207,7 @@ def remember(
         view = View([parts[0][i] for i in range(len(parts[0]))])
     if finished.any():
         some, store = finished[owner].nonzero()[:, 0], {}
-        zero = torch.zeros(len(batch.tokens), 1)
+        zero = levels.new_zeros(len(batch.tokens), 1)
         call(model, batch, batch.tokens[:, some], some, zero, None, memory=view, keep=store)
         parts.append(store)
     if not parts:
@@ -221,13 +224,14 @@ def train(
     minutes: float,
     *,
     rate: float = 2e-3,
-    decay_from: float = 0.6,
+    decay_from: float = 0.75,
     sample=None,
     log=print,
 ) -> None:
     """Trains one stage, "uniform" or "rolling", for minutes of wall-clock; saves to path; resumes from it.
 
-    The rate is constant, then falls linearly from `decay_from` of the time on. sample(model, step): called now and then.
+    The rate is constant, then falls linearly from `decay_from` of the time on. sample(weights, name): called every 10
+    minutes.
     """
     opts = optimisers(model)
     average, step, spent = Average(model, 0.998), 0, 0.0

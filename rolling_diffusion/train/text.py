@@ -35,13 +35,13 @@ T5_IDS, CLIP_IDS = word_ids(T5_SPECIAL), word_ids(CLIP_SPECIAL)
 
 def t5_tokens(texts: list[str]) -> Tensor:
     """(B, 32) ids, as the saved T5 tokenizer gives them with padding to 32: words, </s>, <pad>…"""
-    rows = [[T5_IDS.get(w, 2) for w in split(t)][: LENGTH - 1] + [1] for t in texts]
+    rows = [[*(T5_IDS.get(w, 2) for w in split(t)[: LENGTH - 1]), 1] for t in texts]
     return torch.tensor([row + [0] * (LENGTH - len(row)) for row in rows])
 
 
 def clip_tokens(texts: list[str]) -> Tensor:
     """(B, 32) ids, as the saved CLIP tokenizer gives them: start, words, end, end…"""
-    rows = [[1] + [CLIP_IDS.get(w, 2) for w in split(t)][: LENGTH - 2] + [3] for t in texts]
+    rows = [[1, *(CLIP_IDS.get(w, 2) for w in split(t)[: LENGTH - 2]), 3] for t in texts]
     return torch.tensor([row + [3] * (LENGTH - len(row)) for row in rows])
 
 
@@ -54,7 +54,8 @@ def new_encoders() -> tuple[T5EncoderModel, CLIPTextModel]:
     )  # fmt: skip
     clip = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(CLIP_IDS), hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=len(CLIP_IDS), hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+            num_attention_heads=4,
             max_position_embeddings=LENGTH, projection_dim=128, pad_token_id=0, bos_token_id=1, eos_token_id=3,
         )
     )  # fmt: skip
@@ -137,7 +138,7 @@ def train_text(
         schedule.step()
         if step % 50 == 0:
             log(
-                f"text: step {step}, {time.time() - started:.0f} s, loss {loss.item():.4f}, understood {right.item():.3f}"
+                f"text: step {step}, {time.time() - started:.0f} s, loss {loss.item():.3f}, understood {right.item():.2f}"
             )
     write(path, pack("t5", t5.state_dict()) | pack("clip", clip.state_dict()), steps=steps)
     return t5.eval().requires_grad_(False), clip.eval().requires_grad_(False)

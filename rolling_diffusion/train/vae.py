@@ -1,4 +1,4 @@
-"""The embedded autoencoder: an `AutoencoderTiny` whose encoder is written down, not trained, and whose decoder is trained.
+"""The embedded autoencoder: an `AutoencoderTiny` whose encoder is written down and whose decoder is trained.
 
 The encoder is a principal component analysis of 8×8 pixel patches, 192 numbers to 16. A TAESD-shaped encoder holds
 such a linear map exactly: its first two stages only move pixels into channels, its third mixes them, and the biases
@@ -113,14 +113,14 @@ def encode(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def train_decoder(
     vae: AutoencoderTiny,
     path: Path,
-    minutes: float,
+    steps: int,
     *,
     seed: int = 0,
     batch: int = 16,
     pool: int = 1500,
     log: Log = print,
 ) -> None:
-    """Trains the decoder on 64×64 crops for some minutes of wall-clock; saves to path; resumes from it.
+    """Trains the decoder on 64×64 crops for so many steps; saves to path; resumes from it.
 
     Loss: mean absolute error, on latents blurred by a little noise, since sampled latents are never exact.
     """
@@ -139,7 +139,8 @@ def train_decoder(
     scenes = [(pictures(rng, 1)[0] * 255).byte() for _ in range(pool)]
     started = last = time.time() - spent
     losses: list[float] = []
-    while (elapsed := time.time() - started) < 60 * minutes:
+    while step < steps:
+        elapsed = time.time() - started
         crops = []
         for _ in range(batch):
             top, left = 8 * int(rng.integers(25)), 8 * int(rng.integers(25))
@@ -150,7 +151,7 @@ def train_decoder(
         with torch.autocast("cpu", torch.bfloat16):
             y = decoder(z.contiguous(memory_format=torch.channels_last))
         loss = ((y.float() + 1) / 2 - x).abs().mean()
-        rate = 1.5e-3 * min(1, (step + 1) / 100) * max(0.02, 1 - elapsed / (60 * minutes))
+        rate = 1.5e-3 * min(1, (step + 1) / 100) * max(0.02, 1 - step / steps)
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.zero_grad()
@@ -165,7 +166,7 @@ def train_decoder(
             log(f"decoder: step {step}, {elapsed:.0f} s, mean absolute error {np.mean(losses):.4f}")
             losses = []
             _save(path, decoder, average, optimiser, step, elapsed)
-    _save(path, decoder, average, optimiser, step, 60 * minutes)
+    _save(path, decoder, average, optimiser, step, time.time() - started)
     decoder.load_state_dict(average.values)
     decoder.eval()
 

@@ -1,4 +1,4 @@
-"""Captions: a small grammar with paraphrases. Each word knows which thing it speaks of, for the text encoder's training."""
+"""Captions: a small grammar with paraphrases. Each word knows which thing it speaks of, to teach the text encoders."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ JOINTS = ("and", "and", "with", "next to")
 
 @dataclass(frozen=True)
 class Tag:
-    """What a word belongs to, as class numbers, 0 for none: thing (1..3), kind, colour, place, count (1..3), relation."""
+    """What a word belongs to, as class numbers, 0 for none; things and counts are 1 to 3."""
 
     thing: int = 0
     kind: int = 0

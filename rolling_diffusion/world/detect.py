@@ -71,7 +71,7 @@ def _aspect(mask: np.ndarray) -> float:
 
 
 def _islands(picture: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(colour index, (H, W) mask) of each object-like island. Parts closer than 5 pixels belong together: a boat's sails."""
+    """(colour index, (H, W) mask) of each island. Parts less than 8 pixels apart belong together: a boat's sails."""
     colours, found = colour_map(picture), []
     for index in range(len(NAMES)):
         mask = colours == index

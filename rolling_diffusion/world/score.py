@@ -33,7 +33,7 @@ APART = ("relation", "held-out colours", "held-out binding")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what its picture must show. colours: whether the caption names them; wanted: things without centres."""
+    """A prompt and what its picture must show. colours: whether it names them; wanted: things without centres."""
 
     task: str
     text: str
@@ -137,7 +137,7 @@ def summary(verdicts: Sequence[Verdict]) -> dict:
 def difference(
     a: Sequence[Verdict], b: Sequence[Verdict], seed: int = 0, draws: int = 2000
 ) -> tuple[float, float, float]:
-    """(mean, low, high): how much higher a's share of right pictures is than b's, on the same prompts, 95 % bootstrap."""
+    """(mean, low, high) of a's share of right pictures minus b's, on the same prompts; 95 % by bootstrap."""
     gap = np.array([x.right for x in a], float) - np.array([x.right for x in b], float)
     picks = np.random.default_rng(seed).integers(len(gap), size=(draws, len(gap)))
     low, high = np.quantile(gap[picks].mean(1), [0.025, 0.975])

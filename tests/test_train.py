@@ -1,0 +1,127 @@
+"""Training: the encoder that is written down, the states that are trained on, and checkpoints that survive a kill."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from rolling_diffusion.train.checkpoint import read, write
+from rolling_diffusion.train.diffusion import (
+    CANVASES,
+    Source,
+    new_transformer,
+    pack_cells,
+    positions,
+    rolling_loss,
+    train,
+    uniform_loss,
+)
+from rolling_diffusion.train.text import LENGTH, clip_tokens, embed, lesson, new_encoders, t5_tokens, train_text
+from rolling_diffusion.train.vae import encode, linear_encoder, new_vae, pictures, train_decoder
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return new_vae(pictures(np.random.default_rng(0), 12)).eval()
+
+
+@pytest.fixture()
+def source(vae):
+    torch.manual_seed(0)
+    return Source(linear_encoder(vae), new_encoders(), seed=3)
+
+
+def test_the_tiny_autoencoder_computes_the_principal_components(vae):
+    x = pictures(np.random.default_rng(1), 2)
+    by_hand = encode(x, *linear_encoder(vae))
+    with torch.no_grad():
+        by_network = vae.encode(x * 2 - 1).latents
+    assert by_network.shape == (2, 16, 32, 32)
+    assert (by_network - by_hand).abs().max() < 1e-4
+    assert 0.2 < by_hand.std() < 1.0
+
+
+def test_decoder_training_lowers_its_error_and_resumes(vae, tmp_path):
+    said = []
+    path = tmp_path / "decoder.safetensors"
+    x = encode(pictures(np.random.default_rng(2), 1), *linear_encoder(vae))
+
+    def error():
+        with torch.no_grad():
+            y = (vae.decode(x[..., :8, :8]).sample + 1) / 2
+        return (y - pictures(np.random.default_rng(2), 1)[..., :64, :64]).abs().mean()
+
+    before = error()
+    train_decoder(vae, path, 8, batch=2, pool=2, log=said.append)
+    assert read(path)[1]["step"] == 8
+    train_decoder(vae, path, 14, batch=2, pool=2, log=said.append)
+    assert read(path)[1]["step"] == 14
+    assert error() < before
+
+
+def test_every_word_of_a_caption_has_its_token():
+    texts, truth = lesson(np.random.default_rng(0), 40)
+    ids, clip = t5_tokens(texts), clip_tokens(texts)
+    assert ids.shape == clip.shape == (40, LENGTH)
+    assert not (ids == 2).any() and not (clip == 2).any()  # 2 is the unknown word
+    assert t5_tokens(["a red zebra"])[0, 2] == 2
+    for text, row, tags in zip(texts, ids, truth["kind"]):
+        words = len(text.split())
+        assert row[words] == 1 and (row[words + 1 :] == 0).all()
+        assert (tags[words:] == 0).all()
+
+
+def test_text_training_reads_back_what_it_wrote(tmp_path):
+    path = tmp_path / "text.safetensors"
+    trained = train_text(path, 3, batch=4, log=lambda _: None)
+    again = train_text(path, 3, log=lambda _: None)
+    one, two = (embed(*encoders, ["a red ball at night", ""]) for encoders in (trained, again))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert not torch.equal(one[0][0], one[0][1])
+
+
+def test_tokens_lie_in_flux_order():
+    latents = torch.arange(16 * 4 * 6).reshape(1, 16, 4, 6).float()
+    tokens = pack_cells(latents)
+    ids = positions(2, 3)
+    assert tokens.shape == (1, 6, 64) and ids.tolist()[4] == [0, 1, 1]
+    assert tokens[0, 4, :4].tolist() == latents[0, 0, 2:4, 2:4].flatten().tolist()
+
+
+def test_a_new_model_predicts_nothing_and_both_losses_have_gradients(source):
+    model = new_transformer()
+    batch = source.draw(128, 128, 2)
+    expected = (batch.noise - batch.tokens).square().mean()
+    loss = uniform_loss(model, source, batch)
+    assert torch.isclose(loss, expected, rtol=1e-3)
+    for _ in range(12):  # draws whole canvases, memories and crops alike
+        model.zero_grad()
+        rolling_loss(model, source, batch).backward()
+        grad = model.proj_out.weight.grad
+        assert grad is not None and grad.isfinite().all() and grad.abs().max() > 0
+
+
+def test_transformer_training_learns_and_resumes(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("rolling_diffusion.train.diffusion.CANVASES", ((128, 128, 2), *CANVASES[1:]))
+    monkeypatch.setattr("rolling_diffusion.train.diffusion.EARLY", (1, 0, 0, 0, 0, 0))
+    monkeypatch.setattr("rolling_diffusion.train.diffusion.LATE", (1, 0, 0, 0, 0, 0))
+    path = tmp_path / "uniform.safetensors"
+    model = new_transformer()
+    train(model, source, path, "uniform", 0.05, log=lambda _: None)
+    step = read(path)[1]["step"]
+    assert step >= 1 and model.proj_out.weight.abs().max() > 0
+    fresh = new_transformer(seed=1)
+    train(fresh, source, path, "uniform", 0.05, log=lambda _: None)  # its time is spent: it reads back and stops
+    assert read(path)[1]["step"] == step
+    assert torch.equal(fresh.proj_out.weight, model.proj_out.weight)
+
+
+def test_a_checkpoint_is_whole_or_the_old_one(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write(path, {"a": torch.ones(2)}, step=1)
+    with pytest.raises(AttributeError):
+        write(path, {"a": "no tensor"}, step=2)  # type: ignore[dict-item]
+    assert read(path)[1] == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
