@@ -137,8 +137,7 @@ def train_text(
         optimiser.step()
         schedule.step()
         if step % 50 == 0:
-            log(
-                f"text: step {step}, {time.time() - started:.0f} s, loss {loss.item():.3f}, understood {right.item():.2f}"
-            )
+            spent, share = time.time() - started, right.item()
+            log(f"text: step {step}, {spent:.0f} s, loss {loss.item():.3f}, understood {share:.2f}")
     write(path, pack("t5", t5.state_dict()) | pack("clip", clip.state_dict()), steps=steps)
     return t5.eval().requires_grad_(False), clip.eval().requires_grad_(False)
