@@ -166,7 +166,7 @@ class Plan:
         return block.cells // self.multiple**2
 
     def cost(self, text_tokens: int = 0, cap: int | None = None) -> Cost:
-        """Predicted cost; `cap` is the most finished tokens that memory holds. See `Cost` for what is counted."""
+        """Predicted cost; `cap` is the most tokens that memory shows. See `Cost` for what is counted."""
         count = len(self.blocks)
         ends = list(accumulate((self.tokens(block) for block in self.blocks), initial=0))  # ends[g]: tokens before g
         canvas = ends[-1]
@@ -181,10 +181,10 @@ class Plan:
         for g in [0] if self.alone else range(count):
             moving = self.moving(self.start(g))
             here = ends[moving.stop] - ends[moving.start]
-            finished = self._finished(moving, ends)
-            finished = finished if cap is None else min(cap, finished)
+            stored = self._finished(moving, ends) + self._waiting(moving, ends)
+            stored = stored if cap is None else min(cap, stored)
             peak_moving = max(peak_moving, here)
-            peak_visible = max(peak_visible, text_tokens + here + finished + self._waiting(moving, ends))
+            peak_visible = max(peak_visible, text_tokens + here + stored)
         return Cost(
             ticks=self.ticks,
             waiting_calls=waiting_calls,

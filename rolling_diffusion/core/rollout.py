@@ -74,14 +74,17 @@ def rollout(
         raise ValueError(f"sigmas must be finite, never rise and end at 0 or above, unlike {sigmas.tolist()}")
     if not plan.alone and isinstance(options, Mapping) and "noise_sampler" in options:
         raise ValueError("one noise_sampler cannot serve several blocks: give options as a function of the block")
-    return _Rollout(plan, denoiser, sampler, sigmas, noise, seed, options, callback).roll()
+    return _Rollout(plan, denoiser, sampler, sigmas, noise, seed, options or {}, callback).roll()
 
 
 class _Rollout:
-    def __init__(self, plan: Plan, denoiser: Denoiser, sampler: Sampler, sigmas, noise, seed, options, callback):
+    def __init__(
+        self, plan: Plan, denoiser: Denoiser, sampler: Sampler, sigmas: Tensor, noise, seed, options, callback
+    ):
         self.plan, self.denoiser, self.sampler, self.sigmas = plan, denoiser, sampler, sigmas
-        self.noise, self.callback = noise, callback
-        self.options: Callable[[Block], Options] = options if callable(options) else lambda _: options or {}
+        self.noise: Callable[[Block], Tensor] = noise
+        self.options: Callable[[Block], Options] = (lambda _: options) if isinstance(options, Mapping) else options
+        self.callback = callback
         self.seed = int(torch.randint(2**62, ())) if seed is None and not plan.alone else seed
         self.leftover = bool(sigmas[-1] > 0)
         self.count = 1 if plan.alone else len(plan.blocks)  # cohorts in all

@@ -1,0 +1,212 @@
+"""Plans: the formula and what it promises, over all plans that can be made."""
+
+import math
+import tracemalloc
+from dataclasses import FrozenInstanceError, replace
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+from pytest import mark, raises
+
+from rolling_diffusion.core.order import ORDERS, TILE_ORDERS
+from rolling_diffusion.core.plan import Plan, make_plan
+
+
+@st.composite
+def plans(draw, lags: tuple = (None, "autoregressive", 0, 1, 2, 5)) -> Plan:
+    even = st.integers(1, 8).map(lambda n: 2 * n)
+    steps = draw(st.integers(1, 12))
+    window = draw(even)
+    return make_plan(
+        draw(even),
+        draw(even),
+        steps,
+        order=draw(st.sampled_from(ORDERS)),
+        window=window,
+        overlap=draw(st.integers(0, window // 2 - 1)) * 2,
+        draft=(draft := draw(st.integers(0, steps - 1))),
+        lookahead=draw(st.sampled_from([None, 0, 1, 6, 20])),
+        lag=draw(st.sampled_from([lag for lag in lags if not isinstance(lag, int) or lag <= steps - draft])),
+        persistence=draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+    )
+
+
+@given(plans())
+def test_every_block_takes_each_step_once_and_never_a_step_back(plan):
+    for column in zip(*plan.table()):
+        assert column[0] == 0 and column[-1] == plan.steps
+        assert all(after - before in (0, 1) for before, after in pairwise(column))
+
+
+@given(plans())
+def test_earlier_blocks_are_never_noisier(plan):
+    assert all(list(row) == sorted(row, reverse=True) for row in plan.table())
+
+
+@given(plans())
+def test_moving_are_the_blocks_that_take_a_step(plan):
+    table = plan.table()
+    for k in range(plan.ticks):
+        assert list(plan.moving(k)) == [g for g in range(len(plan.blocks)) if table[k + 1][g] > table[k][g]]
+        assert plan.moving(k), "an idle tick"
+        assert k < plan.draft or len(plan.moving(k)) <= plan.capacity
+    assert not plan.moving(plan.ticks)
+
+
+@given(plans(lags=(None,)))
+def test_blocks_in_motion_never_exceed_the_window(plan):
+    share = (plan.window - plan.overlap) / plan.window
+    assert plan.alone or plan.capacity <= math.ceil((1 / share) ** (2 if plan.order in TILE_ORDERS else 1) - 1e-9)
+
+
+@given(plans(lags=(0,)))
+def test_no_lag_is_the_plain_schedule(plan):
+    assert plan.table() == tuple((k,) * len(plan.blocks) for k in range(plan.steps + 1))
+    assert plan.ticks == plan.steps and not plan.waits and not plan.commits
+
+
+@given(plans(lags=("autoregressive",)))
+def test_autoregressive_moves_one_block_at_a_time(plan):
+    assert plan.lag == plan.steps - plan.draft or len(plan.blocks) == 1
+    assert all(len(plan.moving(k)) == 1 for k in range(plan.draft, plan.ticks)) or plan.alone
+
+
+@given(plans(), st.integers(0, 9), st.integers(1, 30))
+def test_start_foretells_what_due_decides(plan, draft, run):
+    if plan.alone:
+        return
+    cases = [(plan.draft, plan.steps - plan.draft), (draft, max(run, plan.lag))]
+    for draft, run in cases:
+        tick, since, ends, starts = draft, 0, [], []
+        while len(starts) < len(plan.blocks):
+            moving = sum(end > tick for end in ends)
+            if plan.due(moving, tick - since):
+                starts.append(tick)
+                ends.append(tick + run)
+                since = tick
+            tick += 1
+        assert starts == [plan.start(g, draft, run) for g in range(len(plan.blocks))]
+        if (draft, run) == cases[0]:
+            assert all(
+                g in plan.moving(start) and g not in plan.moving(start - 1)
+                for g, start in enumerate(starts)
+                if start > draft
+            )
+
+
+@given(plans())
+def test_what_comes_within_reach_is_stored_before_it_is_seen_and_once(plan):
+    stored: list[int] = []
+    for g, new in enumerate(plan.arrivals()):
+        stored += new
+        if plan.waits:
+            moving = [plan.blocks[i] for i in plan.moving(plan.start(g))]
+            reach = math.inf if plan.lookahead is None else plan.lookahead
+            seen = {b.index for b in plan.blocks[g + 1 :] if min(b.gap(m) for m in moving) < reach}
+            assert seen <= set(stored)
+    assert len(stored) == len(set(stored))
+    assert plan.waits or not stored
+
+
+def test_the_formula_in_numbers():
+    plan = make_plan(128, 128, 20)
+    assert (plan.size, len(plan.blocks), plan.lag, plan.ticks, plan.capacity) == (48, 3, 15, 50, 2)
+    assert make_plan(128, 128, 20, "spiral-out").lag == 11  # 20 * (3/4)**2 = 11.25
+    assert make_plan(128, 128, 20, draft=10).lag == 8  # 7.5, rounded to even as Python does
+    assert make_plan(128, 128, 20, window=32, overlap=24).lag == 5
+    # 10 / 4 = 2.5 rounds to 2: five blocks in motion, where the window touches four. So 3.
+    assert make_plan(128, 128, 10, window=32, overlap=24).lag == 3
+    assert [plan.index(k, 1) for k in (0, 15, 16, 35, 50)] == [0, 0, 1, 20, 20]
+    draft = make_plan(128, 128, 20, draft=5, lag=4)
+    assert [draft.index(k, 2) for k in (0, 4, 5, 6, 13, 14, 28, 29)] == [0, 4, 5, 5, 5, 6, 20, 20]
+
+
+@mark.parametrize(
+    ("order", "height", "width"), [("top-to-bottom", 64, 400), ("left-to-right", 400, 64), ("raster", 64, 40)]
+)
+def test_a_window_over_the_whole_canvas_is_one_block(order, height, width):
+    plan = make_plan(height, width, 20, order)
+    assert plan.alone and [b.cells for b in plan.blocks] == [height * width]
+    assert plan.cost().relative == 1
+
+
+def test_steps_may_be_given_as_sigmas():
+    assert make_plan(128, 128, [1.0, 0.5, 0.0]) == make_plan(128, 128, 2)
+
+
+def test_plans_are_values():
+    plan = make_plan(128, 128, 20)
+    assert plan == make_plan(128, 128, 20) and hash(plan) == hash(make_plan(128, 128, 20))
+    assert {plan: 1}[make_plan(128, 128, 20)] == 1 and plan != replace(plan, seed=1)
+    with raises(FrozenInstanceError):
+        plan.lag = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_plan_of_any_length_costs_nothing():
+    tracemalloc.start()
+    plan = make_plan(48 * 10**7, 128, 20)
+    assert len(plan.blocks) == 10**7
+    assert plan.index(15 * 5 * 10**6 + 10, 5 * 10**6) == 10
+    assert plan.moving(15 * 5 * 10**6) == range(5 * 10**6 - 1, 5 * 10**6 + 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000
+
+
+def test_cost_of_the_textbook_plan():
+    plan = make_plan(128, 128, 20)  # 3 strips of 48, 48 and 32 rows
+    strips, canvas = (48 * 128 // 4, 48 * 128 // 4, 32 * 128 // 4), 128 * 128 // 4
+    cost = plan.cost(text_tokens=512)
+    assert (cost.ticks, cost.waiting_calls, cost.commits) == (50, 1, 2)
+    assert cost.peak_moving_tokens == strips[0] + strips[1]
+    assert cost.peak_visible_tokens == canvas + 512
+    assert cost.token_evaluations == 20 * canvas + canvas + strips[0] + strips[1] + 512 * 53
+    assert cost.relative == cost.token_evaluations / (20 * (canvas + 512))
+    assert cost.tokens_per_tick == 20 * canvas / 50 + 512
+
+
+def test_memory_that_is_off_costs_nothing():
+    plan = make_plan(128, 128, 20, lookahead=0, persistence=0)
+    assert plan.cost().relative == 1 and plan.cost().peak_visible_tokens == plan.cost().peak_moving_tokens
+    assert make_plan(128, 128, 20, persistence=0).cost().relative == 21 / 20
+
+
+def test_long_canvases_see_a_bounded_part():
+    reach = {"lookahead": 64, "persistence": 0.5}
+    seen = {h: make_plan(h, 128, 20, **reach).cost().peak_visible_tokens for h in (48 * 20, 48 * 200)}
+    assert seen[48 * 20] == seen[48 * 200] == (9 + 2 + 2) * 48 * 128 // 4  # 0.5**9 > 1e-3; two in motion; two ahead
+    assert make_plan(48 * 200, 128, 20).cost(cap=4096).peak_visible_tokens == 4096 + 2 * 48 * 128 // 4
+
+
+def test_a_plan_prints_its_cost():
+    text = str(make_plan(128, 128, 20))
+    assert "3 blocks top-to-bottom" in text and "lag 15" in text
+    assert "50 ticks + 1 for waiting blocks + 2 commits" in text and "1.09 of a full pass" in text
+
+
+@mark.parametrize(
+    ("change", "message"),
+    [
+        ({"order": "up"}, "unknown order 'up': choose one of"),
+        ({"window": 0}, "window is 0 cells, and must be a positive multiple of 2"),
+        ({"window": 1}, "window is 1 cells, and must be a positive multiple of 2"),
+        ({"height": 127}, "height is 127 cells, and must be a positive multiple of 2"),
+        ({"overlap": 64}, "overlap is 64 cells, and must be a multiple of 2 from 0 to below the window of 64"),
+        ({"overlap": -2}, "overlap is -2 cells"),
+        ({"overlap": 3}, "overlap is 3 cells"),
+        ({"steps": 0}, "steps is 0, and must be at least 1"),
+        ({"draft": 20}, "draft is 20 steps, and must be from 0 to 19"),
+        ({"draft": -1}, "draft is -1 steps"),
+        ({"lookahead": -1}, "lookahead is -1 cells, and must be 0 or more, or None"),
+        ({"lag": 21}, "lag is 21, and must be from 0 to 20"),
+        ({"lag": "slow"}, "lag is 'slow'"),
+        ({"persistence": 1.5}, "persistence is 1.5, and must be from 0 to 1"),
+        ({"persistence": math.nan}, "persistence is nan"),
+        ({"multiple": 0}, "multiple is 0"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(change, message):
+    with raises(ValueError) as caught:
+        make_plan(**{"height": 128, "width": 128, "steps": 20, **change})
+    assert message in str(caught.value) and "\n" not in str(caught.value)
