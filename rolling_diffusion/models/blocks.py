@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -21,23 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Keep(Protocol):
-    """Takes keep[layer] = (key, value) of a call's image tokens, each (B, tokens, heads, dim). A dict will do."""
-
-    def __setitem__(self, layer: int, kv: tuple[Tensor, Tensor], /) -> None: ...
-
-
 @dataclass(frozen=True)
 class Call:
     """What a block must know of a rolling call; travels to it in joint_attention_kwargs["rolling"]."""
 
-    layer: int
+    # No layer number here, and no choice in keep: compiled blocks would be compiled again for each.
     text_tokens: int
     index: Tensor | None  # (image tokens,) noise level of each; None when text and image share one
     joint_index: Tensor | None  # (text + image tokens,) row of temb for each; None when there is one row
     past: tuple[Tensor, Tensor] | None  # this layer's memory
     bias: Tensor | None  # (1, 1, 1, all keys) added to the logits
-    keep: Keep | None
+    kept: list[tuple[Tensor, Tensor]]  # takes (key, value) of the image tokens
 
     def image(self, linear: nn.Module, temb: Tensor, parts: int) -> Sequence[Tensor]:
         """Modulation of the image tokens, each part (B, tokens or 1, width)."""
@@ -74,8 +68,7 @@ def _attend(
     query: Any = apply_rotary_emb(query, rope, sequence_dim=1)
     key: Any = apply_rotary_emb(key, rope, sequence_dim=1)
 
-    if rolling.keep is not None:
-        rolling.keep[rolling.layer] = key[:, rolling.text_tokens :], value[:, rolling.text_tokens :]
+    rolling.kept.append((key[:, rolling.text_tokens :], value[:, rolling.text_tokens :]))
     if rolling.past is not None:
         key = torch.cat([key, rolling.past[0]], dim=1)
         value = torch.cat([value, rolling.past[1]], dim=1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.memory import Memory
+from ..core.memory import Memory, View
 
 if TYPE_CHECKING:
     from ..core.order import Block
@@ -81,6 +81,11 @@ class _Keep:
         key, value = kv
         for block, place in zip(self.blocks, self.places):
             self.memory.put(self.kind, block, layer, key[:, place], value[:, place])
+
+
+def _compiled(transformer: Any) -> bool:
+    """Whether torch.compile was applied to the transformer as a whole."""
+    return hasattr(transformer, "_orig_mod") or getattr(transformer, "_compiled_call_impl", None) is not None
 
 
 class FluxDenoiser:
@@ -229,9 +234,15 @@ class FluxDenoiser:
                 torch.as_tensor(guidance, device=tokens.device, dtype=torch.float32).expand(batch).repeat(repeats)
             )
         rolling: dict[str, Any] = {}
+        kept = store
+        if _compiled(self.transformer):  # one graph: hand over plain tensors, and take plain tensors back
+            model = self.transformer
+            layers = len(model.transformer_blocks) + len(model.single_transformer_blocks)
+            view = None if view is None else View([view.layer(i) for i in range(layers)], view.bias)
+            kept = None if store is None else {}
         if view is not None or store is not None or len(layout.ranges) > 1:
-            rolling = {"ranges": layout.ranges, "memory": view, "keep": store, "text_level": self.text_level}
-        return self.transformer(
+            rolling = {"ranges": layout.ranges, "memory": view, "keep": kept, "text_level": self.text_level}
+        velocity = self.transformer(
             hidden_states=tokens,
             encoder_hidden_states=embeds,
             pooled_projections=pooled,
@@ -242,6 +253,10 @@ class FluxDenoiser:
             return_dict=False,
             **rolling,
         )[0]
+        if store is not None and isinstance(kept, dict):
+            for layer in range(len(kept)):
+                store[layer] = kept.pop(layer)
+        return velocity
 
     def _layout_of(self, blocks: Sequence[Block], levels: Sequence[int], device: torch.device) -> _Layout:
         question = (tuple(blocks), tuple(levels), device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -17,12 +17,17 @@ from ..core.memory import View
 from .blocks import (
     ROLLING_PROCESSORS,
     Call,
-    Keep,
     RollingFluxSingleTransformerBlock,
     RollingFluxTransformerBlock,
 )
 
 TEXT_LEVELS = ("max", "mean", "min")
+
+
+class Keep(Protocol):
+    """Takes keep[layer] = (key, value) of a call's image tokens, each (B, tokens, heads, dim). A dict will do."""
+
+    def __setitem__(self, layer: int, kv: tuple[Tensor, Tensor], /) -> None: ...
 
 
 class RollingFluxTransformer2DModel(FluxTransformer2DModel):
@@ -150,12 +155,15 @@ class RollingFluxTransformer2DModel(FluxTransformer2DModel):
         checkpoint: Any = self._gradient_checkpointing_func
         for i, block in enumerate((*self.transformer_blocks, *self.single_transformer_blocks)):
             past = None if memory is None else memory.layer(i)
-            call = Call(i, text.shape[1], index, joint_index, past, bias, keep)
+            kept: list[tuple[Tensor, Tensor]] = []
+            call = Call(text.shape[1], index, joint_index, past, bias, kept)
             arguments = x, text, temb, rope, {**options, "rolling": call}
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 text, x = checkpoint(block, *arguments)
             else:
                 text, x = block(*arguments)
+            if keep is not None:
+                keep[i] = kept[0]
             if i in residuals:
                 x = x + residuals[i]
         scale, shift = call.image(self.norm_out.linear, temb.to(x.dtype), 2)
@@ -195,6 +203,16 @@ class RollingFluxTransformer2DModel(FluxTransformer2DModel):
         if guidance is not None:
             scaled.append(guidance.to(dtype).repeat_interleave(levels) * 1000)
         return self.time_text_embed(*scaled, pooled.repeat_interleave(levels, dim=0)).unflatten(0, (batch, levels))
+
+    def compile_repeated_blocks(self, *args, **kwargs):
+        """diffusers' regional compilation, which meets about a dozen kinds of rolling calls: dynamic=True saves half.
+
+        One level or several, memory or none, biased or not, the draft, and the blocks' two input strides.
+        """
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        super().compile_repeated_blocks(*args, **kwargs)
 
     def _adopt_processors(self) -> None:
         """Attention processors learn of memory in place, also those that loading an IP-Adapter has put there since."""
