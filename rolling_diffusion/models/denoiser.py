@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..core.cohort import block_seed
 from ..core.memory import Memory, View
 
 if TYPE_CHECKING:
@@ -170,9 +170,7 @@ class FluxDenoiser:
             return
         sigma = self.context_noise
         if sigma > 0:
-            # Hashed, because CPU generators read the low 32 bits of a seed only.
-            seed = random.Random(f"{self.seed} {block.index}").getrandbits(32)
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(block_seed(self.seed, block))
             noise = torch.randn(x0.shape, generator=generator).to(x0)
             x0 = (1 - sigma) * x0 + sigma * noise
         self._call([block], [x0], torch.tensor([sigma]), "finished", waiting=self.commit_waiting)
