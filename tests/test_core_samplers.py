@@ -1,6 +1,7 @@
 """The real k-diffusion samplers, unmodified: bit for bit the plain call wherever theory says so."""
 
 from contextlib import nullcontext
+from itertools import combinations
 
 import torch
 from pytest import fixture, mark, raises
@@ -8,6 +9,8 @@ from pytest import fixture, mark, raises
 from rolling_diffusion.core.cohort import block_seed
 from rolling_diffusion.core.plan import make_plan
 from rolling_diffusion.core.rollout import rollout
+
+pytestmark = mark.filterwarnings("ignore:Should have tb<=t1")  # torchsde's rounding, in the plain call too
 
 ORDINARY = ("euler", "heun", "dpm_2", "lms", "dpmpp_2m")
 STOCHASTIC = ("euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde")
@@ -106,11 +109,12 @@ def test_on_a_separable_model_every_lag_and_draft_is_the_plain_sampler(sampler, 
 
 def test_blocks_draw_noise_of_their_own(k_sampling):
     plan = make_plan(12, 8, STEPS, window=8, overlap=4, lag=1)
-    out = [rolled(plan, separable, k_sampling.sample_euler_ancestral, seed=seed) for seed in (1, 2)]
-    assert not torch.equal(out[0], out[1])
-    still = Canvas(lambda x, sigma: x * 0)
-    ends = [x for _, x in rollout(plan, still, k_sampling.sample_euler_ancestral, SIGMAS[:-1], lambda b: cut(b) * 0)]
-    assert ends[0].abs().min() > 0 and not torch.equal(ends[0], ends[1])
+    silent = {"s_noise": 0.0}
+    drift = rolled(plan, separable, k_sampling.sample_euler_ancestral, options=silent)
+    drawn = [rolled(plan, separable, k_sampling.sample_euler_ancestral, seed=seed) - drift for seed in (1, 2)]
+    parts = [draws[..., b.rows, b.columns] for draws in drawn for b in plan.blocks]
+    assert all(part.abs().max() > 0.01 for part in parts)
+    assert not any(torch.equal(a, b) for a, b in combinations(parts, 2))
 
 
 @mark.parametrize("draft", [1, 3, 5])
@@ -131,13 +135,12 @@ def test_the_total_is_known_from_the_first_tick(sampler, lag, draft):
     rolled(plan, coupled, sampler, callback=frames.append)
     assert {frame.total for frame in frames} == {len(frames)}
     assert [frame.tick for frame in frames] == list(range(len(frames)))
-    assert all(len(frame.blocks) <= plan.capacity for frame in frames[len(frames) - 1 if draft else 0 :])
-    calls = len(frames) if plan.alone else None
-    if sampler.__name__ in ("sample_euler", "sample_lms", "sample_dpmpp_2m", "sample_dpmpp_2m_sde"):
+    once = ("euler", "lms", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde")
+    if sampler.__name__.removeprefix("sample_") in once:
         assert len(frames) == plan.ticks
         assert all([b.index for b in f.blocks] == list(plan.moving(f.tick)) for f in frames)
-    elif calls:
-        assert calls > plan.ticks
+    else:
+        assert len(frames) > plan.ticks
 
 
 @mark.parametrize("name", ["dpm_fast", "dpm_adaptive"])

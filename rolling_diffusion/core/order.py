@@ -60,7 +60,7 @@ class Order(Sequence[Block]):
     size: int
     seed: int = 0
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """Blocks down and across."""
         down = 1 if self.name in COLUMN_ORDERS else -(-self.height // self.size)

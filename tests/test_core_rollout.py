@@ -1,0 +1,462 @@
+"""The rollout: what it calls and when, what it holds, and what it leaves behind however it ends."""
+
+import gc
+import math
+import tracemalloc
+import weakref
+
+import torch
+from greenlet import getcurrent, greenlet
+from hypothesis import given
+from hypothesis import strategies as st
+from pytest import fixture, mark, raises
+
+from rolling_diffusion.core.cohort import block_seed
+from rolling_diffusion.core.memory import Memory
+from rolling_diffusion.core.order import Block
+from rolling_diffusion.core.plan import Plan, make_plan
+from rolling_diffusion.core.rollout import rollout
+
+S = 4
+SIGMAS = torch.linspace(1, 0, S + 1)
+
+
+def euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """As k-diffusion's, but blind to grad mode."""
+    for i in range(len(sigmas) - 1):
+        x0 = model(x, sigmas[i] * x.new_ones(x.shape[0]), **(extra_args or {}))
+        if callback is not None:
+            callback({"x": x, "i": i, "denoised": x0})
+        x = x + (x - x0) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
+    return x
+
+
+class Log:
+    """A denoiser that writes down what it is asked."""
+
+    inner_model = "the real one"
+
+    def __init__(self):
+        self.events = []
+
+    def denoise(self, moving, keep=False):
+        self.events.append(("keep" if keep else "denoise", [m.block.index for m in moving]))
+        return [m.x / 2 for m in moving]
+
+    def commit(self, block, x0):
+        self.events.append(("commit", block.index))
+
+    def start(self, block):
+        self.events.append(("start", block.index))
+
+
+def noise(block):
+    return torch.ones(1, 1, block.height, block.width) + block.index
+
+
+def plan_of(blocks=3, **given) -> Plan:
+    """Strips of 4 rows, two of them in motion unless a lag is given."""
+    return make_plan(4 * blocks, 4, S, **{"window": 8, "overlap": 4, **given})
+
+
+TWO = {"blocks": 2, "window": 4, "overlap": 0}
+
+
+def run(plan, denoiser=None, sampler=euler, sigmas=SIGMAS, **given):
+    return [block.index for block, _ in rollout(plan, denoiser or Log(), sampler, sigmas, noise, **given)]
+
+
+def events(plan, **given):
+    log = Log()
+    for block, _ in rollout(plan, log, euler, SIGMAS, noise, **given):
+        log.events.append(("yield", block.index))
+    return log.events
+
+
+def test_the_protocol_in_sequence():
+    assert events(plan_of(lag=2)) == [
+        ("keep", [0, 1, 2]),
+        ("start", 0),
+        ("denoise", [0]),
+        ("denoise", [0]),
+        ("start", 1),
+        ("denoise", [0, 1]),
+        ("denoise", [0, 1]),
+        ("commit", 0),
+        ("yield", 0),
+        ("start", 2),
+        ("denoise", [1, 2]),
+        ("denoise", [1, 2]),
+        ("commit", 1),
+        ("yield", 1),
+        ("denoise", [2]),
+        ("denoise", [2]),
+        ("yield", 2),
+    ]
+
+
+def test_the_draft_moves_all_blocks_and_is_what_waiting_memory_holds():
+    assert events(plan_of(**TWO, draft=2)) == [
+        ("denoise", [0, 1]),
+        ("denoise", [0, 1]),
+        ("keep", [0, 1]),
+        ("start", 0),
+        ("denoise", [0]),
+        ("denoise", [0]),
+        ("commit", 0),
+        ("yield", 0),
+        ("start", 1),
+        ("denoise", [1]),
+        ("denoise", [1]),
+        ("yield", 1),
+    ]
+
+
+def test_memory_that_is_off_is_never_asked_for():
+    for kind in ("keep", "start"):
+        assert kind not in dict(events(plan_of(lookahead=0)))
+    assert "commit" not in dict(events(plan_of(persistence=0)))
+    for plan in (plan_of(1), plan_of(lag=0)):
+        blocks = [b.index for b in plan.blocks]
+        assert events(plan) == [("denoise", blocks)] * S + [("yield", b) for b in blocks]
+
+
+def test_a_short_lookahead_is_stored_as_the_window_comes_near():
+    kept = [what for event, what in events(plan_of(5, lag="autoregressive", lookahead=5)) if event == "keep"]
+    assert kept == [[0, 1, 2], [3], [4]]
+
+
+@mark.parametrize("lag", [1, 2, 4])
+def test_lag_counts_model_calls_and_the_window_is_never_exceeded(k_sampling, lag):
+    plan, log = plan_of(5, lag=lag, lookahead=0), Log()
+    assert run(plan, log, k_sampling.sample_heun) == [0, 1, 2, 3, 4]
+    moving = [what for event, what in log.events if event == "denoise"]
+    assert max(map(len, moving)) == plan.capacity
+    assert next(k for k, blocks in enumerate(moving) if 1 in blocks) == (lag if plan.capacity > 1 else 2 * S - 1)
+    assert all(sum(g in blocks for blocks in moving) == 2 * S - 1 for g in range(5))
+
+
+class Remembering(Log):
+    """Puts one key per token into a real Memory, and counts what its calls compute and see."""
+
+    def __init__(self, plan, text):
+        super().__init__()
+        self.plan, self.text, self.computed, self.seen, self.calls = plan, text, 0, 0, 0
+        self.memory = Memory(plan.persistence, plan.lookahead, size=plan.size)
+
+    def call(self, blocks, kind=None):
+        tokens = self.text + sum(self.plan.tokens(b) for b in blocks)
+        self.computed += tokens
+        view = self.memory.view(blocks)
+        for block in blocks if kind else ():
+            ones = torch.ones(1, self.plan.tokens(block), 1, 1)
+            self.memory.put(kind, block, 0, ones, ones)
+        return tokens + (0 if view is None else view.layer(0)[0].shape[1])
+
+    def denoise(self, moving, keep=False):
+        seen = self.call([m.block for m in moving], "waiting" if keep else None)
+        self.calls += not keep
+        if not keep and self.calls > self.plan.draft:
+            self.seen = max(self.seen, seen)
+        return super().denoise(moving, keep)
+
+    def commit(self, block, x0):
+        super().commit(block, x0)
+        self.call([block], "finished")
+
+    def start(self, block):
+        super().start(block)
+        self.memory.start(block)
+
+
+@given(st.data())
+def test_a_plan_knows_its_cost(data):
+    order = data.draw(st.sampled_from(["top-to-bottom", "right-to-left", "spiral-out", "raster", "random"]))
+    plan = make_plan(
+        data.draw(st.integers(2, 8)) * 2,
+        data.draw(st.integers(2, 8)) * 2,
+        S,
+        order,
+        window=8,
+        overlap=4,
+        draft=data.draw(st.integers(0, 2)),
+        lookahead=data.draw(st.sampled_from([None, 0, 1, 5, 9])),
+        lag=data.draw(st.sampled_from([None, 0, 1, "autoregressive"])),
+        persistence=data.draw(st.sampled_from([0.0, 0.05, 0.5, 1.0])),
+    )
+    cost, text = plan.cost(text_tokens=3), 3
+    model = Remembering(plan, text)
+    run(plan, model)
+    happened = [event for event, _ in model.events]
+    assert cost.ticks == happened.count("denoise")
+    assert cost.waiting_calls == happened.count("keep")
+    assert cost.commits == happened.count("commit")
+    assert cost.token_evaluations == model.computed
+    assert cost.peak_visible_tokens == model.seen
+    assert cost.relative == model.computed / (S * (plan.height * plan.width // 4 + text))
+
+
+def test_ten_thousand_blocks_stream_through_constant_memory():
+    plan = make_plan(40_000, 4, 2, window=8, overlap=4, lookahead=8)
+    alive, most, peaks, sizes = weakref.WeakSet(), 0, [], []
+
+    class Counting(Log):
+        def denoise(self, moving, keep=False):
+            nonlocal most
+            answers = super().denoise(moving, keep)
+            alive.update(answers)
+            most = max(most, len(alive))
+            self.events.clear()
+            return answers
+
+    def drawn(block):
+        x = torch.ones(1, 1, block.height, block.width)
+        alive.add(x)
+        return x
+
+    done = 0
+    for block, x in rollout(plan, Counting(), euler, SIGMAS[::2], drawn):
+        assert block.index == done
+        alive.add(x)
+        done += 1
+        if done in (100, 500, 9_500):
+            gc.collect()
+            sizes.append(len(gc.get_objects()))
+            tracemalloc.start()
+        if done in (200, 600, 9_600):
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert done == len(plan.blocks) == 10_000
+    assert most <= 20  # tensors of a handful of blocks, never of the canvas
+    assert peaks[2] < peaks[1] + 20_000 < 100_000  # bytes, in a hundred blocks near the start and near the end
+    assert sizes[2] < sizes[1] + 1000  # Python objects in all, over nine thousand blocks
+
+
+def test_blocks_come_as_soon_as_they_are_finished():
+    log = Log()
+    stream = rollout(plan_of(3, lag=2), log, euler, SIGMAS, noise)
+    assert log.events == []
+    next(stream)
+    assert sum(event == "denoise" for event, _ in log.events) == S
+    stream.close()
+
+
+def alive():
+    """Suspended greenlets, besides those that run."""
+    return [g for g in gc.get_objects() if type(g) is greenlet and g and g is not getcurrent()]
+
+
+@fixture
+def clean():
+    """Fails the test that leaves a cohort, another grad mode, or other random numbers behind."""
+    before, grad, state = alive(), torch.is_grad_enabled(), torch.get_rng_state()
+    yield
+    assert len(alive()) == len(before)
+    assert torch.is_grad_enabled() == grad
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Failing(Log):
+    def __init__(self, tick, error=None, value=math.nan):
+        super().__init__()
+        self.tick, self.error, self.value, self.cohorts = tick, error, value, 0
+
+    def denoise(self, moving, keep=False):
+        answers = super().denoise(moving, keep)
+        if sum(event == "denoise" for event, _ in self.events) == self.tick + 1 and not keep:
+            self.cohorts = len(alive())
+            if self.error:
+                raise self.error
+            answers[-1][..., 0, 0] = self.value
+        return answers
+
+
+@mark.parametrize("name", ["euler_ancestral", "dpmpp_sde", "heun"])
+@mark.parametrize("plan", [plan_of(4, lag=1), plan_of(4, lag=1, draft=2), plan_of(4, lag=0), plan_of(1)])
+@mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_an_interrupt_leaves_nothing_behind(k_sampling, clean, name, plan, error):
+    model = Failing(3, error)
+    with raises(type(error)):
+        run(plan, model, getattr(k_sampling, f"sample_{name}"))
+    assert model.cohorts >= (1 if plan.alone else 4)
+
+
+@mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_named(k_sampling, clean, value):
+    with raises(FloatingPointError, match=r"NaN or infinity for block 2 in tick 3 at noise level 0\.75"):
+        run(plan_of(4, lag=1, lookahead=0, draft=1), Failing(3, value=value), k_sampling.sample_euler)
+
+
+def test_closing_or_dropping_the_generator_leaves_nothing_behind(k_sampling, clean):
+    for end in (lambda stream: stream.close(), lambda stream: None):
+        stream = rollout(plan_of(4, lag=1), Log(), k_sampling.sample_euler_ancestral, SIGMAS, noise)
+        next(stream)
+        assert len(alive()) >= 3
+        end(stream)
+        del stream
+        gc.collect()
+        assert not alive()
+
+
+def test_errors_of_the_callback_the_sampler_and_the_noise_leave_nothing_behind(clean):
+    def bad(frame):
+        if frame.tick == 3:
+            raise KeyError("callback")
+
+    with raises(KeyError, match="callback"):
+        run(plan_of(4, lag=1), callback=bad)
+    with raises(TypeError, match="eta"):
+        run(plan_of(4, lag=1), options={"eta": 1})
+
+    def late(block: Block):
+        return noise(block) if block.index < 2 else torch.ones(1)[3]
+
+    with raises(IndexError):
+        list(rollout(plan_of(4, lag=1, lookahead=0), Log(), euler, SIGMAS, late))
+
+
+def test_cohorts_end_newest_first_and_all_of_them(clean):
+    ended = []
+
+    def untidy(model, x, sigmas, **options):
+        try:
+            return euler(model, x, sigmas, **options)
+        finally:
+            ended.append(int(x.mean()) - 1)
+            if len(ended) == 2:
+                raise OSError("in finally")
+
+    with raises(OSError, match="in finally"):
+        run(plan_of(4, lag=1), Failing(1, KeyboardInterrupt()), untidy)
+    assert ended == [3, 2, 1, 0]
+
+
+def test_grad_mode_is_the_samplers_inside_and_the_callers_outside(k_sampling, clean):
+    modes = []
+
+    class Modes(Log):
+        def denoise(self, moving, keep=False):
+            modes.append(torch.is_grad_enabled())
+            return super().denoise(moving, keep)
+
+        def commit(self, block, x0):
+            modes.append(torch.is_grad_enabled())
+
+    for _ in rollout(plan_of(4, lag=1), Modes(), k_sampling.sample_euler, SIGMAS, noise):
+        assert torch.is_grad_enabled()
+    assert not any(modes)
+    weight = torch.tensor(1.0, requires_grad=True)
+    blocks = [x for _, x in rollout(plan_of(4, lag=1), Modes(), euler, SIGMAS, lambda block: noise(block) * weight)]
+    sum(x.sum() for x in blocks).backward()
+    assert weight.grad is not None and weight.grad > 0
+
+
+def test_frames_show_the_whole_canvas():
+    plan, frames = plan_of(3, lag=2), []
+    last = {}
+
+    def look(frame):
+        frames.append(frame)
+        last["canvas"] = frame.canvas
+        level = [SIGMAS[plan.index(frame.tick, b.index)] for b in frame.blocks]
+        assert list(frame.sigmas) == level
+        for block, x0 in zip(frame.blocks, frame.estimates):
+            assert torch.equal(frame.canvas[..., block.rows, block.columns], x0)
+
+    result = torch.zeros(1, 1, 12, 4)
+    for block, x in rollout(plan, Log(), euler, SIGMAS, noise, callback=look):
+        result[..., block.rows, block.columns] = x
+    assert torch.equal(last["canvas"], result)
+    assert torch.equal(frames[0].canvas[..., 4:, :], torch.zeros(1, 1, 8, 4))
+    assert [frame.tick for frame in frames] == list(range(plan.ticks)) and frames[0].total == plan.ticks
+
+
+def test_a_canvas_is_kept_only_for_those_who_look():
+    streams = []
+
+    def peek(frame):
+        streams.append(frame._preview.canvas)
+        if frame.tick == 4:
+            assert not frame.canvas[..., :4, :].any() and frame.canvas[..., 4:12, :].all()
+
+    run(plan_of(3, lag=2), callback=peek)
+    assert streams[:5] == [None] * 5 and streams[5] is not None
+
+
+def test_the_sampler_sees_the_denoisers_attributes_and_its_own_seed():
+    seen = []
+
+    def curious(model, x, sigmas, extra_args=None, **options):
+        seen.append((model.inner_model, extra_args))
+        return euler(model, x, sigmas, extra_args, **options)
+
+    plan = plan_of(**TWO, lag=1)
+    run(plan, sampler=curious, seed=5, options={"extra_args": {"cond": "a house", "seed": 5}})
+    assert seen == [("the real one", {"cond": "a house", "seed": block_seed(5, block)}) for block in plan.blocks]
+    seen.clear()
+    run(plan_of(1), sampler=curious, seed=5, options={"extra_args": {"seed": 5}})
+    assert seen == [("the real one", {"seed": 5})]
+
+
+def test_options_may_depend_on_the_block(k_sampling):
+    shapes = []
+
+    def options(block):
+        def draw(sigma, sigma_next):
+            shapes.append((block.index, block.height))
+            return torch.zeros(1, 1, block.height, block.width)
+
+        return {"noise_sampler": draw}
+
+    run(plan_of(**TWO), sampler=k_sampling.sample_euler_ancestral, options=options)
+    assert shapes == [(0, 4)] * (S - 1) + [(1, 4)] * (S - 1)
+    shapes.clear()
+    run(plan_of(**TWO, lag=0), sampler=k_sampling.sample_euler_ancestral, options=options, callback=lambda frame: None)
+    assert shapes == [(0, 8)] * (S - 1)
+
+
+def test_with_noise_left_over_the_clean_estimate_is_committed():
+    committed = []
+
+    class Committing(Log):
+        def commit(self, block, x0):
+            committed.append(x0)
+
+    plan, left = plan_of(**TWO), SIGMAS + 0.5
+    (_, first), _ = rollout(plan, Committing(), euler, left, noise)
+    step = 1 - (left[-2] - left[-1]) / left[-2] / 2  # of x, for x0 = x / 2
+    torch.testing.assert_close(committed[0], first / step / 2)
+
+
+@mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sigmas": SIGMAS[1:]}, r"sigmas has shape \(4,\), but 4 steps need 5 values"),
+        ({"sigmas": SIGMAS.flip(0)}, "sigmas must be finite, never rise"),
+        ({"sigmas": SIGMAS - 1}, "sigmas must be finite, never rise and end at 0 or above"),
+        ({"sigmas": SIGMAS * math.nan}, "sigmas must be finite"),
+        ({"options": {"noise_sampler": None}}, "one noise_sampler cannot serve several blocks"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_runs(change, message):
+    given = {"sigmas": SIGMAS, **change}
+    with raises(ValueError, match=message):
+        rollout(plan_of(), Log(), euler, given.pop("sigmas"), noise, **given)
+
+
+def test_answers_that_do_not_fit_are_refused(clean):
+    class Short(Log):
+        def denoise(self, moving, keep=False):
+            return super().denoise(moving, keep)[1:]
+
+    with raises(ValueError, match="in tick 0 the denoiser answered"):
+        run(plan_of(), Short())
+
+
+def test_a_sampler_without_steps_is_refused_where_steps_matter(clean):
+    def silent(model, x, sigmas, callback=None, disable=None, **options):
+        return euler(model, x, sigmas, **options)
+
+    assert run(plan_of(), sampler=silent) == [0, 1, 2]
+    with raises(ValueError, match="the sampler reports 0 steps for 4"):
+        run(plan_of(draft=1), sampler=silent)
