@@ -87,8 +87,8 @@ class Bench:
         lines = [
             "## Measured time against the plan's prediction",
             "Both relative to ordinary diffusion of the same canvas. Predicted: token evaluations, text in each call",
-            "included. Small calls are dearer per token than large ones, which the prediction leaves out; on this small",
-            "model that shows most.",
+            "included. Small calls are dearer a token than large ones; the prediction leaves that out, and a small",
+            "model shows it most.",
             "",
             "| plan | ticks | predicted | measured |",
             "| --- | --- | --- | --- |",

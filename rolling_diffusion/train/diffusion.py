@@ -99,12 +99,12 @@ class Source:
         scenes = [random_scene(self.rng, width, height) for _ in range(count)]
         texts = ["" if self.rng.random() < DROP_CAPTION else caption(s, self.rng).text for s in scenes]
         x = torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2).float() / 255
-        tokens = pack_cells(encode(x, *self.vae))
-        text, pooled = embed(*self.encoders, texts)
+        tokens = pack_cells(encode(x, self.vae[0], self.vae[1]))
+        text, pooled = embed(self.encoders[0], self.encoders[1], texts)
         noise = torch.randn(tokens.shape, generator=self.generator)
         ids = positions(height // 16, width // 16)
-        on = [x.to(self.device) for x in (tokens, noise, text, pooled, ids)]
-        return Batch(*on, height // 16, width // 16)
+        on = (x.to(self.device) for x in (tokens, noise, text, pooled, ids))
+        return Batch(*on, rows=height // 16, columns=width // 16)
 
     def levels(self, count: int) -> Tensor:
         """(count,) noise levels, logit-normal, somewhat to the noisy side, where a picture's plan is decided."""
@@ -217,7 +217,7 @@ def remember(
 
 
 def train(
-    model: RollingFluxTransformer2DModel,
+    model: nn.Module,
     source: Source,
     path: Path,
     stage: str,

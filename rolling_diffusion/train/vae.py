@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from ..world.render import render
 from ..world.scene import random_scene
 from .checkpoint import Average, load_optimiser, optimiser_state, pack, read, unpack, write
 
-Log = Callable[[str], None]
+Log = Callable[[str], object]
 PATCH, CHANNELS, WIDTH = 8, 16, 64
 LIFT = 24.0  # larger than any component's magnitude: keeps the ReLUs of the encoder's blocks open
 
@@ -56,11 +57,10 @@ def principal_components(x: Tensor) -> tuple[Tensor, Tensor]:
 def write_encoder(vae: AutoencoderTiny, weight: Tensor, bias: Tensor) -> None:
     """Sets the encoder so that encode(x).latents is exactly weight @ patch + bias, up to rounding."""
     with torch.no_grad():
-        layers = list(vae.encoder.layers)
+        layers: list[Any] = list(vae.encoder.layers)
         for p in vae.encoder.parameters():
             p.zero_()
         first, last = layers[0], layers[-1]
-        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
         for c in range(3):
             first.weight[c, c, 1, 1] = 1
         strided = [layer for layer in layers[1:-1] if isinstance(layer, nn.Conv2d)]
@@ -94,7 +94,7 @@ def new_vae(x: Tensor) -> AutoencoderTiny:
 
 def linear_encoder(vae: AutoencoderTiny) -> tuple[Tensor, Tensor]:
     """(16, 192) and (16,): the map that `write_encoder` wrote, read back."""
-    layers = list(vae.encoder.layers)
+    layers: list[Any] = list(vae.encoder.layers)
     strided = [layer for layer in layers[1:-1] if isinstance(layer, nn.Conv2d)]
     weight = torch.empty(CHANNELS, 3, PATCH, PATCH)
     for c in range(3):
@@ -125,7 +125,8 @@ def train_decoder(
     Loss: mean absolute error, on latents blurred by a little noise, since sampled latents are never exact.
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    decoder = vae.decoder.train().to(memory_format=torch.channels_last)
+    decoder: Any = vae.decoder.train()
+    decoder.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(decoder.parameters(), 1e-3, betas=(0.9, 0.98), weight_decay=0.0)
     average, step, spent = Average(decoder, 0.998), 0, 0.0
     if path.exists():

@@ -51,7 +51,9 @@ def silhouette(mask: np.ndarray) -> np.ndarray:
     """(GRID, GRID): how full each cell of the mask's own box is."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
-    return ndimage.zoom(box, (GRID / box.shape[0], GRID / box.shape[1]), order=1, grid_mode=True, mode="nearest")
+    return np.asarray(
+        ndimage.zoom(box, (GRID / box.shape[0], GRID / box.shape[1]), order=1, grid_mode=True, mode="nearest")
+    )
 
 
 @lru_cache(maxsize=1)
@@ -83,7 +85,9 @@ def _islands(picture: np.ndarray) -> list[tuple[int, np.ndarray]]:
             continue
         top, left = max(0, rows[0] - 5), max(0, columns[0] - 5)
         near = mask[top : rows[-1] + 6, left : columns[-1] + 6]
-        labels, count = ndimage.label(ndimage.binary_dilation(near, iterations=4))
+        joined = ndimage.binary_dilation(near, iterations=4)
+        labels = np.empty(near.shape, np.int32)
+        count = int(ndimage.label(joined, output=labels))  # type: ignore[arg-type]
         for island in range(1, count + 1):
             part = np.zeros_like(mask)
             part[top : rows[-1] + 6, left : columns[-1] + 6] = near & (labels == island)
