@@ -72,6 +72,15 @@ def test_persistence_weighs_strips_by_age_and_drops_what_weighs_below_a_thousand
     assert memory.tokens == 6 * 12, "strips below the threshold never come near again: they are freed"
 
 
+def test_a_look_from_ahead_of_the_blocks_in_motion_frees_nothing():
+    """Storing waiting blocks asks for a view from where they are, further on than the blocks in motion."""
+    for memory in (Memory(0.3, size=2), Memory(cap=24, sinks=0, size=2)):
+        put(memory, "finished", *STRIPS[:3])
+        assert len(seen(memory.view([STRIPS[7]], free=False))) == (1 if memory.cap is None else 2)
+        assert memory.tokens == 3 * 12
+        assert seen(memory.view([STRIPS[3]])) == ([0, 1, 2] if memory.cap is None else [1, 2])
+
+
 def test_tiles_weigh_by_their_distance_not_their_age():
     memory = Memory(0.1, size=2)  # distances 1 and 2 weigh 0.1 and 0.01; 4 weighs too little
     put(memory, "finished", TILES[0, 0], TILES[1, 1], TILES[2, 0], TILES[4, 4])

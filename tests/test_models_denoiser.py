@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from tiny_flux import CHANNELS, grid, models, per_token_flux
 from torch import Tensor
 
 from rolling_diffusion.core.order import Block, make_order
-from rolling_diffusion.core.rollout import Moving
+from rolling_diffusion.core.plan import make_plan
+from rolling_diffusion.core.rollout import Moving, rollout
 from rolling_diffusion.models.denoiser import FluxDenoiser, pack, token_ids, unpack
 
 H, W = 8, 12  # cells
@@ -81,7 +83,7 @@ def test_blocks_of_one_level_are_the_stock_model_on_the_whole_canvas_bit_for_bit
         ).sample
         return unpack(v, H, W)
 
-    branches = [velocity(embeds, pooled) for embeds, pooled, _ in denoiser._branches]
+    branches = [velocity(embeds, pooled) for embeds, pooled, *_ in denoiser._branches]
     positive, *rest = branches[0].chunk(2) if batch_cfg else branches
     expected = rest[0] + 2.5 * (positive - rest[0]) if rest else positive
     for order in ("top-to-bottom", "left-to-right", "spiral-out", "random"):
@@ -204,7 +206,7 @@ def test_waiting_blocks_are_stored_block_by_block_in_any_order_and_leave_when_th
     assert memory.tokens == H * W // 4
 
     kept: dict = {}  # what one stock-ordered call computes
-    embeds, pooled, text_ids = denoiser._branches[0]
+    embeds, pooled, text_ids, *_ = denoiser._branches[0]
     denoiser.transformer(pack(x), embeds, pooled, torch.ones(1), token_ids(Block(0, 0, 0, H, W)), text_ids, keep=kept)
     for layer, (key, _) in kept.items():
         whole = key.unflatten(1, (H // 2, W // 2))
@@ -237,6 +239,24 @@ def test_guidance_in_one_call_or_two_is_the_same_with_memory_for_each_branch():
 
 
 @torch.no_grad()
+def test_joint_attention_kwargs_reach_the_model_each_branch_its_own():
+    scale = {"scale": 0.5}
+    for options, expected in (
+        ({}, [None]),
+        ({"joint_attention_kwargs": scale}, [scale]),
+        ({"joint_attention_kwargs": scale, "cfg": 2.0}, [scale]),
+        ({"joint_attention_kwargs": scale, "cfg": 2.0, "batch_cfg": False}, [scale, scale]),
+        ({"negative_joint_attention_kwargs": scale, "cfg": 2.0, "batch_cfg": False}, [None, scale]),
+    ):
+        _, denoiser, x = setting(**options)
+        calls = record(denoiser)
+        denoiser.denoise(moving(x, [Block(0, 0, 0, H, W)], 0.5))
+        assert [call["joint_attention_kwargs"] for call in calls] == expected
+    with pytest.raises(ValueError, match="batch_cfg=False"):
+        setting(negative_joint_attention_kwargs=scale, cfg=2.0)
+
+
+@torch.no_grad()
 def test_one_prompt_serves_a_batch_of_latents():
     _, denoiser, x = setting(cfg=2.0)
     _, other, _ = setting(cfg=2.0)
@@ -263,6 +283,57 @@ def test_context_noise_is_drawn_per_block_from_the_seed_and_told_to_the_model():
     assert torch.equal(stored[0], stored[1])
     assert not torch.allclose(stored[0], stored[2], atol=1e-3)
     assert not torch.allclose(stored[0], stored[3], atol=1e-3)
+
+
+def euler(model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None) -> Tensor:
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i].expand(len(x)), **(extra_args or {}))
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        x = x + (sigmas[i + 1] - sigmas[i]) * (x - denoised) / sigmas[i]
+    return x
+
+
+@pytest.mark.parametrize("order", ["top-to-bottom", "spiral-out"])
+@torch.no_grad()
+def test_lag_zero_is_the_plain_loop_over_the_stock_model_bit_for_bit(order: str):
+    stock, denoiser, x = setting()
+    plan = make_plan(H, W, 4, order, window=4, overlap=2, lag=0)
+    sigmas = torch.linspace(1, 0, 5)
+    embeds, pooled, text_ids, *_ = denoiser._branches[0]
+
+    def plain(x: Tensor, sigma: Tensor, **_) -> Tensor:
+        t = sigma * 1000 / 1000  # FluxPipeline's own detour
+        v = stock(pack(x), embeds, pooled, t, grid(H // 2, W // 2), text_ids).sample
+        return x - sigma * unpack(v, H, W)
+
+    expected = euler(plain, x, sigmas)
+    for block, part in rollout(plan, denoiser, euler, sigmas, partial(cut, x)):
+        assert torch.equal(part, cut(expected, block))
+
+
+@pytest.mark.parametrize("persistence, lookahead", [(1.0, None), (0.2, 2), (0.0, None), (1.0, 0)])
+@pytest.mark.parametrize("order", ["left-to-right", "spiral-out"])
+@torch.no_grad()
+def test_a_rollout_computes_and_sees_as_many_tokens_as_its_plan_predicts(
+    order: str, persistence: float, lookahead: int | None
+):
+    for draft, lag in ((0, None), (1, "autoregressive"), (2, 1)):
+        plan = make_plan(H, W, 3, order, 6, 4, draft, lookahead, lag=lag, persistence=persistence)
+        _, denoiser, x = setting(persistence=persistence, lookahead=lookahead, size=plan.size)
+        calls = record(denoiser)
+        done = dict(rollout(plan, denoiser, euler, torch.linspace(1, 0, 4), partial(cut, x)))
+        assert len(done) == len(plan.blocks) and all(part.isfinite().all() for part in done.values())
+        cost = plan.cost(TEXT)
+        assert len(calls) == cost.ticks + cost.waiting_calls + cost.commits
+        assert sum(call["hidden_states"].shape[1] + TEXT for call in calls) == cost.token_evaluations
+        ticks = [call for call in calls[draft:] if call.get("keep") is None]
+        visible = []
+        for call in ticks:
+            memory = call.get("memory")
+            seen = 0 if memory is None else memory.layer(0)[0].shape[1]
+            visible.append(TEXT + call["hidden_states"].shape[1] + seen)
+        assert max(visible) == cost.peak_visible_tokens
 
 
 def test_gradients_never_flow_from_a_later_block_into_a_committed_one():
@@ -301,6 +372,8 @@ def test_bad_settings_are_named():
         FluxDenoiser(rolling, embeds, pooled, cfg=2.0, negative_embeds=embeds[:, :3], negative_pooled=pooled)
     with pytest.raises(ValueError, match="context_noise is 1"):
         FluxDenoiser(rolling, embeds, pooled, context_noise=1.0)
+    with pytest.raises(ValueError, match="text_level is 'most'"):
+        FluxDenoiser(rolling, embeds, pooled, text_level="most")
     with pytest.raises(ValueError, match="persistence is 2"):
         FluxDenoiser(rolling, embeds, pooled, persistence=2.0)
     three = FluxDenoiser(rolling, embeds.repeat(3, 1, 1), pooled.repeat(3, 1))

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .plan import FAINT
+
 if TYPE_CHECKING:
     from .order import Block
 
     KeyValue = tuple[Tensor, Tensor]  # key after RoPE and value, each (B, tokens, heads, dim)
     Layers = dict[int, KeyValue]
-
-DROP = 1e-3  # attention weights below this are dropped
 
 
 class View:
@@ -66,10 +66,10 @@ class Memory:
 
     A finished block's unnormalised attention weight is persistence**a, a being its distance to the nearest block in
     motion, in blocks of `size` cells (None: as thick as the first block stored); for strips that is its age. Weights
-    below 1e-3 are dropped. Waiting blocks weigh 1 and are seen when fewer than `lookahead` cells (None: any number) lie
-    between them and a block in motion. `cap` bounds the tokens that are seen, and the finished ones that stay stored
-    once a view has been taken: the first `sinks` blocks of the order, then the nearest. `device`: where to store
-    (None: where they were computed). Gradients end at `put`, unless grad=True.
+    below FAINT are dropped. Waiting blocks weigh 1 and are seen when fewer than `lookahead` cells (None: any number)
+    lie between them and a block in motion. `cap` bounds the tokens that are seen, and the finished ones that stay
+    stored once a view has been taken: the first `sinks` blocks of the order, then the nearest. `device`: where to
+    store (None: where they were computed). Gradients end at `put`, unless grad=True.
     """
 
     def __init__(
@@ -91,6 +91,8 @@ class Memory:
             raise ValueError(f"size is {size}, but blocks are at least 1 cell thick.")
         self.persistence, self.lookahead, self.cap, self.sinks, self.size = persistence, lookahead, cap, sinks, size
         self.device, self.grad = device, grad
+        # The largest distance a with persistence**a at least FAINT.
+        self._reach = math.floor(math.log(FAINT) / math.log(persistence)) if 0 < persistence < 1 else math.inf
         self._stored: dict[str, dict[Block, Layers]] = {"finished": {}, "waiting": {}}
         self._compute: torch.device | None = None
         self._forget()
@@ -129,33 +131,36 @@ class Memory:
         """Tokens stored now, finished and waiting."""
         return sum(_tokens(layers) for blocks in self._stored.values() for layers in blocks.values())
 
-    def view(self, moving: Sequence[Block], waiting: bool = True) -> View | None:
-        """What the blocks in motion see, never themselves; None if nothing. waiting=False: finished blocks only."""
-        question = (tuple(moving), waiting)
+    def view(self, moving: Sequence[Block], waiting: bool = True, free: bool = True) -> View | None:
+        """What the blocks in motion see, never themselves; None if nothing. waiting=False: finished blocks only.
+
+        free=False: free nothing that is out of sight, because these blocks lie ahead of those in motion.
+        """
+        question = (tuple(moving), waiting, free)
         if question not in self._view:
             self._view.clear()
-            self._view[question] = self._select(moving, waiting)
+            self._view[question] = self._select(moving, waiting, free)
         return self._view[question]
 
-    def _select(self, moving: Sequence[Block], waiting: bool) -> View | None:
-        size, p = self.size or 1, self.persistence
+    def _select(self, moving: Sequence[Block], waiting: bool, free: bool) -> View | None:
+        size = self.size or 1
         seen: list[tuple[str, Block, int]] = []  # kind, block, distance in blocks
         for block, cells in _gaps(self._stored["finished"], moving):
             distance = math.ceil(cells / size) + 1
-            if p**distance >= DROP:
+            if distance <= self._reach:
                 seen.append(("finished", block, distance))
-            elif max(block.height, block.width) > size:
+            elif free and max(block.height, block.width) > size:
                 del self._stored["finished"][block]  # a strip is never near again; a tile may be, in a spiral
         for block, cells in _gaps(self._stored["waiting"], moving) if waiting else ():
             if self.lookahead is None or cells < self.lookahead:
                 seen.append(("waiting", block, math.ceil(cells / size) + 1))
         if self.cap is not None:
-            seen = self._fit(seen, self.cap)
+            seen = self._fit(seen, self.cap, free)
         if not seen:
             return None
         return View(self._join([(kind, block) for kind, block, _ in seen]), self._bias(seen))
 
-    def _fit(self, seen: list[tuple[str, Block, int]], cap: int) -> list[tuple[str, Block, int]]:
+    def _fit(self, seen: list[tuple[str, Block, int]], cap: int, free: bool) -> list[tuple[str, Block, int]]:
         """Sinks first, then the nearest, up to cap tokens; finished blocks that are left out of them are freed."""
 
         def rank(item: tuple[str, Block, int]) -> tuple[bool, int, int]:
@@ -168,7 +173,7 @@ class Memory:
             if total > cap:
                 break
             kept.add((kind, block))
-        for block in list(self._stored["finished"]):
+        for block in list(self._stored["finished"]) if free else ():
             if ("finished", block) not in kept:
                 del self._stored["finished"][block]
         return [item for item in seen if item[:2] in kept]
@@ -212,4 +217,5 @@ def _tokens(layers: Layers) -> int:
 
 def _gaps(blocks: Iterable[Block], moving: Sequence[Block]) -> list[tuple[Block, int]]:
     """Each block that is not itself in motion, with its gap in cells to the nearest block in motion."""
-    return [(block, min(block.gap(m) for m in moving)) for block in blocks if block not in moving]
+    inside = set(moving)
+    return [(block, min(block.gap(m) for m in moving)) for block in blocks if block not in inside]

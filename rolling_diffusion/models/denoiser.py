@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.cohort import block_seed
 from ..core.memory import Memory, View
+from .flux import TEXT_LEVELS
 
 if TYPE_CHECKING:
     from ..core.order import Block
@@ -83,6 +84,16 @@ class _Keep:
             self.memory.put(self.kind, block, layer, key[:, place], value[:, place])
 
 
+class _Branch(NamedTuple):
+    """What one conditioning branch gives the transformer, and its memory."""
+
+    embeds: Tensor
+    pooled: Tensor
+    text_ids: Tensor
+    options: dict[str, Any] | None  # joint_attention_kwargs
+    memory: Memory
+
+
 def _compiled(transformer: Any) -> bool:
     """Whether torch.compile was applied to the transformer as a whole."""
     return hasattr(transformer, "_orig_mod") or getattr(transformer, "_compiled_call_impl", None) is not None
@@ -95,6 +106,7 @@ class FluxDenoiser:
     FluxPipeline (zeros by default). guidance: the distilled guidance, for models that embed it. cfg other than 1 needs
     negative_embeds: v = v_negative + cfg * (v_positive - v_negative), in one call of twice the batch, or in two
     (batch_cfg=False: less memory, and bit-identical to FluxPipeline's own two calls).
+    joint_attention_kwargs: passed on, such as a LoRA's scale; the negative branch gets the same unless it has its own.
     persistence, lookahead, cap, sinks, size, memory_device: see Memory. text_level: "max", "mean" or "min".
     context_noise: noise level of the blocks committed to memory. commit_waiting: whether they see waiting blocks.
     """
@@ -112,6 +124,8 @@ class FluxDenoiser:
         negative_text_ids: Tensor | None = None,
         cfg: float = 1.0,
         batch_cfg: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        negative_joint_attention_kwargs: dict[str, Any] | None = None,
         persistence: float = 1.0,
         lookahead: int | None = None,
         cap: int | None = None,
@@ -124,6 +138,7 @@ class FluxDenoiser:
         seed: int = 0,
     ):
         self.transformer, self.cfg, self.text_level = transformer, cfg, text_level
+        self._layout: tuple[tuple, _Layout] | None = None
         self.context_noise, self.commit_waiting, self.seed = context_noise, commit_waiting, seed
         if not 0 <= context_noise < 1:
             raise ValueError(f"context_noise is {context_noise}, but it must be at least 0 (clean) and below 1.")
@@ -131,27 +146,39 @@ class FluxDenoiser:
             raise ValueError("This transformer embeds a guidance scale: give guidance, for FLUX.1-dev about 3.5.")
         self.guidance = guidance if transformer.config.guidance_embeds else None
 
-        branches = [(prompt_embeds, pooled, text_ids)]
-        if cfg != 1:
-            if negative_embeds is None or negative_pooled is None:
-                raise ValueError(f"cfg is {cfg}: give negative_embeds and negative_pooled, or leave cfg at 1.")
-            branches.append((negative_embeds, negative_pooled, negative_text_ids))
-            if batch_cfg:
-                if negative_embeds.shape != prompt_embeds.shape:
-                    raise ValueError(
-                        f"The embeddings of the prompt {tuple(prompt_embeds.shape)} and of the negative prompt "
-                        f"{tuple(negative_embeds.shape)} differ in shape: give them one shape, or batch_cfg=False."
-                    )
-                joined = torch.cat([prompt_embeds, negative_embeds]), torch.cat([pooled, negative_pooled])
-                branches = [(*joined, text_ids)]
-        self._branches = [
-            (embeds, pool, embeds.new_zeros(embeds.shape[1], 3) if ids is None else ids)
-            for embeds, pool, ids in branches
-        ]
-        self.memories = [
-            Memory(persistence, lookahead, cap, sinks, size=size, device=memory_device) for _ in self._branches
-        ]
-        self._layout: tuple[tuple, _Layout] | None = None
+        if text_level not in TEXT_LEVELS:
+            raise ValueError(f"text_level is {text_level!r}, but it must be one of {', '.join(TEXT_LEVELS)}.")
+
+        def branch(embeds: Tensor, pooled: Tensor, ids: Tensor | None, options: dict[str, Any] | None) -> _Branch:
+            memory = Memory(persistence, lookahead, cap, sinks, size=size, device=memory_device)
+            return _Branch(
+                embeds, pooled, embeds.new_zeros(embeds.shape[1], 3) if ids is None else ids, options, memory
+            )
+
+        own = negative_joint_attention_kwargs
+        if cfg == 1:
+            self._branches = [branch(prompt_embeds, pooled, text_ids, joint_attention_kwargs)]
+            return
+        if negative_embeds is None or negative_pooled is None:
+            raise ValueError(f"cfg is {cfg}: give negative_embeds and negative_pooled, or leave cfg at 1.")
+        if not batch_cfg:
+            self._branches = [
+                branch(prompt_embeds, pooled, text_ids, joint_attention_kwargs),
+                branch(negative_embeds, negative_pooled, negative_text_ids, own or joint_attention_kwargs),
+            ]
+            return
+        if negative_embeds.shape != prompt_embeds.shape or own is not None:
+            raise ValueError(
+                f"Prompt {tuple(prompt_embeds.shape)} and negative prompt {tuple(negative_embeds.shape)} do not fit "
+                "one call: give embeddings of one shape and no negative_joint_attention_kwargs, or batch_cfg=False."
+            )
+        embeds, pooled = torch.cat([prompt_embeds, negative_embeds]), torch.cat([pooled, negative_pooled])
+        self._branches = [branch(embeds, pooled, text_ids, joint_attention_kwargs)]
+
+    @property
+    def memories(self) -> list[Memory]:
+        """One for each call that a tick makes: one, or with batch_cfg=False one per branch."""
+        return [branch.memory for branch in self._branches]
 
     def denoise(self, moving: Sequence[Moving], keep: bool = False) -> Sequence[Tensor]:
         """x0 estimates, each (B, C, h, w); keep=True stores these blocks' keys and values as waiting."""
@@ -189,8 +216,7 @@ class FluxDenoiser:
         self, blocks: Sequence[Block], xs: Sequence[Tensor], sigmas: Tensor, keep: str | None, waiting: bool = True
     ) -> list[Tensor]:
         """Velocities of the blocks (B, C, h, w) at their sigmas (blocks,)."""
-        embeds = self._branches[0][0]
-        device, dtype = embeds.device, embeds.dtype
+        device, dtype = self._branches[0].embeds.device, self._branches[0].embeds.dtype
         values = sigmas.tolist()
         distinct = list(dict.fromkeys(values))
         layout = self._layout_of(blocks, [distinct.index(value) for value in values], device)
@@ -201,10 +227,10 @@ class FluxDenoiser:
         timestep = (torch.tensor(distinct) * 1000).to(device, dtype).expand(len(xs[0]), -1) / 1000
 
         outputs = []
-        for (embeds, pooled, text_ids), memory in zip(self._branches, self.memories):
-            view = memory.view(blocks, waiting)
-            store = _Keep(memory, keep, blocks, layout.places) if keep and memory.stores(keep) else None
-            outputs.append(self._branch(tokens, timestep, layout, embeds, pooled, text_ids, view, store))
+        for branch in self._branches:
+            view = branch.memory.view(blocks, waiting, free=keep != "waiting")
+            store = _Keep(branch.memory, keep, blocks, layout.places) if keep and branch.memory.stores(keep) else None
+            outputs.append(self._run(branch, tokens, timestep, layout, view, store))
         if self.cfg != 1:
             positive, negative = outputs[0].chunk(2) if len(outputs) == 1 else outputs
             outputs = [negative + self.cfg * (positive - negative)]
@@ -214,8 +240,11 @@ class FluxDenoiser:
             for block, x, place in zip(blocks, xs, layout.places)
         ]
 
-    def _branch(self, tokens, timestep, layout, embeds, pooled, text_ids, view, store) -> Tensor:
-        """One call of the transformer: (batch, tokens, 4C) to velocities of the same shape."""
+    def _run(
+        self, branch: _Branch, tokens: Tensor, timestep: Tensor, layout: _Layout, view: View | None, store: _Keep | None
+    ) -> Tensor:
+        """One call of the transformer: (batch, tokens, 4C) at (batch, levels) to velocities, shaped as the tokens."""
+        embeds, pooled = branch.embeds, branch.pooled
         batch = tokens.shape[0]
         repeats = 2 if self.cfg != 1 and len(self._branches) == 1 else 1
         if embeds.shape[0] != batch * repeats:
@@ -232,7 +261,7 @@ class FluxDenoiser:
                 torch.as_tensor(guidance, device=tokens.device, dtype=torch.float32).expand(batch).repeat(repeats)
             )
         rolling: dict[str, Any] = {}
-        kept = store
+        kept: _Keep | dict | None = store
         if _compiled(self.transformer):  # one graph: hand over plain tensors, and take plain tensors back
             model = self.transformer
             layers = len(model.transformer_blocks) + len(model.single_transformer_blocks)
@@ -246,8 +275,9 @@ class FluxDenoiser:
             pooled_projections=pooled,
             timestep=timestep if rolling else timestep[:, 0],
             img_ids=layout.ids,
-            txt_ids=text_ids,
+            txt_ids=branch.text_ids,
             guidance=guidance,
+            joint_attention_kwargs=branch.options,
             return_dict=False,
             **rolling,
         )[0]
