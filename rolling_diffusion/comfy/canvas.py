@@ -33,10 +33,9 @@ class Canvas:
         self.x = noise  # what the guider is given; `begin` sets it
         self.x0 = latent.clone()  # the best estimate so far
         self.asked: dict[Block, tuple[Tensor, dict]] = {}  # sigma and options as a sampler gave them, by block
-        self.answer: dict[str, Any] = {}  # what the guider's last call handed to post-guidance functions
+        self.answers: dict[Block, dict] = {}  # what the guider handed to post-guidance functions, by block
         self.calls = 0  # model calls so far
-        self.tick: Callable[[], None] = lambda: None  # called after each model call
-        self.conds: list[dict] = []
+        self.shown: Callable[[], None] = lambda: None  # called after each model call, with x0 up to date
 
     @property
     def sampling(self) -> Any:
@@ -59,53 +58,56 @@ class Canvas:
 
     def whole(self, moving: Sequence[Moving]) -> list[Tensor]:
         """Ordinary diffusion: all blocks at one level, in one stock call."""
+        blocks = [m.block for m in moving]
         if len(moving) == 1:
-            x = moving[0].x
-        else:
-            for m in moving:
-                self.paste(self.x, m.block, m.x)
-            x = self.x.clone()
-        sigma, options = self.asked[moving[0].block]
-        if len(moving) == 1:
-            return [self.ask(x, sigma, options)]
-        out = self.ask(x, sigma, self.joint_options([m.block for m in moving]))
-        return [self.finish(m.block, out) for m in moving]
+            return [self.ask(moving[0].x, *self.asked[blocks[0]])]
+        for m in moving:
+            self.paste(self.x, m.block, m.x)
+        sigma, _ = self.asked[blocks[0]]
+        out = self.ask(self.x.clone(), sigma, self.joint_options(blocks))
+        return [self.cut(out, block).clone() for block in blocks]
 
     def ask(self, x: Tensor, sigma: Tensor, options: dict) -> Tensor:
         """One call of the guider: x0 estimate of the whole canvas. sigma: (B,)."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         out = self.guider(x, sigma, model_options=options, seed=self.seed)
         self.calls += 1
-        self.tick()
         return out
+
+    def show(self, moving: Sequence[Moving] = (), out: Sequence[Tensor] = ()) -> None:
+        """Report a model call, after noting what it says about the canvas."""
+        for m, o in zip(moving, out):
+            self.paste(self.x0, m.block, o)
+        self.shown()
 
     def joint_options(self, blocks: Sequence[Block]) -> dict:
         """A private copy of the run's options that notes what guidance was made of, for samplers that look (CFG++)."""
         options = comfy.patcher_extension.copy_nested_dicts(self.options)
-        if any(self.extras(block) for block in blocks):
+        asked = [self.asked[block][1] for block in blocks]
+        if any(self.extras(own) for own in asked):
 
             def note(args: dict) -> Tensor:
-                self.answer = args
+                self.answers.update(dict.fromkeys(blocks, args))
                 return args["denoised"]
 
             options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), note]
-        if any(self.asked[b][1].get("disable_cfg1_optimization") for b in blocks if b in self.asked):
+        if any(own.get("disable_cfg1_optimization") for own in asked):
             options["disable_cfg1_optimization"] = True
         return options
 
-    def extras(self, block: Block) -> list[Callable]:
-        """Functions that the block's sampler wants to see guidance with, beyond the run's own."""
-        if block not in self.asked:
-            return []
+    def extras(self, options: dict) -> list[Callable]:
+        """Functions that a sampler wants to see guidance with, beyond the run's own."""
         mine = self.options.get("sampler_post_cfg_function", [])
-        return self.asked[block][1].get("sampler_post_cfg_function", [])[len(mine) :]
+        return options.get("sampler_post_cfg_function", [])[len(mine) :]
 
-    def finish(self, block: Block, out: Tensor) -> Tensor:
-        """The block's part of a guider's answer, passed through the functions its sampler added."""
-        part = self.cut(out, block).clone()
-        for function in self.extras(block):
-            args = {k: self._part(v, block, out) for k, v in self.answer.items()}
-            part = function({**args, "denoised": part, "model_options": self.asked[block][1]})
+    def finish(self, block: Block, part: Tensor, x: Tensor, sigma: Tensor, options: dict) -> Tensor:
+        """The block's x0, passed through the functions that its own sampler added for after guidance (CFG++)."""
+        answer = self.answers.pop(block, {})
+        for function in self.extras(options):
+            args = {k: self._part(v, block, self.noise) for k, v in answer.items()}
+            if not args:  # a rehearsal, in which no guider ran
+                args = {"uncond_denoised": part, "cond_denoised": part, "model": self.guider.inner_model}
+            part = function({**args, "denoised": part, "input": x, "sigma": sigma, "model_options": options})
         return part
 
     def _part(self, value: Any, block: Block, like: Tensor) -> Any:

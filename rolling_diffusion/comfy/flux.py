@@ -63,10 +63,9 @@ class FluxDenoiser(Canvas):
         lookahead: int | None = None,
         cap: int | None = None,
         context_noise: float = 0.0,
-        final_sigma: float = 0.0,
     ):
         super().__init__(*args)
-        self.plan, self.context_noise, self.final_sigma = plan, context_noise, final_sigma
+        self.plan, self.context_noise = plan, context_noise
         self.remember: Callable[[], Memory] = lambda: Memory(persistence, lookahead, cap, size=plan.size)
         self.rules = self.remember()
         self.memories: dict[Branch, Memory] = {}
@@ -84,23 +83,32 @@ class FluxDenoiser(Canvas):
             return [m.x for m in moving]
         level = {float(m.sigma) for m in moving}
         if not keep and len(level) == 1 and not self.memories and self.covers([m.block for m in moving]):
-            return self.whole(moving)
+            out = self.whole(moving)
+            self.show(moving, out)
+            return out
         for m in moving:
             self.paste(self.x, m.block, m.x)
         blocks = [m.block for m in moving]
         out = self._joint(blocks, [float(m.sigma) for m in moving], "waiting" if keep else None)
-        return [self.cut(out, b).clone() if keep else self.finish(b, out) for b in blocks]
+        parts = [self.cut(out, b).clone() for b in blocks]
+        if keep:
+            self.show()
+        else:
+            self.show(moving, parts)
+        return parts
 
     def commit(self, block: Block, x0: Tensor) -> None:
         self.paste(self.x, block, x0)
+        self.paste(self.x0, block, x0)
         if not self.rules.stores("finished"):
             return
-        sigma = max(self.context_noise, self.final_sigma)
-        if self.context_noise > self.final_sigma:
+        sigma = self.context_noise
+        if sigma > 0:
             noise, scale = self.cut(self.noise, block), torch.tensor(sigma, device=x0.device, dtype=x0.dtype)
             self.paste(self.x, block, self.sampling.noise_scaling(scale, noise.clone(), x0))
         self._joint([block], [sigma], "finished", see_waiting=False)
         self.paste(self.x, block, x0)
+        self.show()
 
     def start(self, block: Block) -> None:
         for branch, memory in self.memories.items():

@@ -54,12 +54,13 @@ class WindowDenoiser(Canvas):
         levels = {float(m.sigma) for m in moving}
         if len(levels) == 1 and self.covers([m.block for m in moving]):
             out = self.whole(moving)
-        else:
-            for m in moving:
-                self.paste(self.x, m.block, m.x)
-            out = [self._windowed(m) for m in moving]
-        for m, o in zip(moving, out):
-            self.paste(self.x0, m.block, o)
+            self.show(moving, out)
+            self.known[:] = True
+            return out
+        out = []
+        for m in moving:
+            out.append(self._windowed(m))
+            self.show([m], out[-1:])
             self.known[m.block.rows, m.block.columns] = True
         return out
 
@@ -82,7 +83,7 @@ class WindowDenoiser(Canvas):
         x = self.sampling.noise_scaling(level, self.noise.clone(), self.x0)
         self.paste(x, m.block, m.x)
         try:
-            return self.finish(m.block, self.ask(x, sigma, self.joint_options([m.block])))
+            return self.cut(self.ask(x, sigma, self.joint_options([m.block])), m.block).clone()
         finally:
             self.window = self.weights = None
 

@@ -4,7 +4,6 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +18,8 @@ def host(tmp_path_factory):
     if not COMFYUI:
         pytest.skip(SKIP)
     base = tmp_path_factory.mktemp("comfyui")
-    sys.argv = ["main.py", "--cpu", "--base-directory", str(base), "--disable-api-nodes", "--preview-method", "latent2rgb"]
+    sys.argv = ["main.py", "--cpu", "--base-directory", str(base), "--disable-api-nodes",
+                "--preview-method", "latent2rgb", "--use-pytorch-cross-attention"]  # fmt: skip
     sys.path.insert(0, COMFYUI)
     os.chdir(COMFYUI)
     import comfy.options
@@ -28,9 +28,57 @@ def host(tmp_path_factory):
     import utils.extra_config  # noqa: F401  before nodes, or utils is found elsewhere
     import nodes
 
-    asyncio.run(nodes.init_external_custom_nodes() if False else nodes.init_builtin_extra_nodes())
+    asyncio.run(nodes.init_builtin_extra_nodes())
     loaded = asyncio.run(nodes.load_custom_node(str(PACK)))
     assert loaded, "ComfyUI's loader could not import the pack; its traceback is in the log above"
+    sys.path.insert(0, str(Path(__file__).parent))
     import tiny_models
 
-    return SimpleNamespace(nodes=nodes.NODE_CLASS_MAPPINGS, tiny=tiny_models, base=base, pack=PACK, comfyui=Path(COMFYUI))
+    return Host(nodes.NODE_CLASS_MAPPINGS, tiny_models, base)
+
+
+class Host:
+    """Nodes, tiny models, and short ways to run KSampler and ours with the same arguments."""
+
+    def __init__(self, nodes, tiny, base):
+        self.nodes, self.tiny, self.base, self.pack, self.comfyui = nodes, tiny, base, PACK, Path(COMFYUI)
+        self.prompts = tiny.conditioning(1), tiny.conditioning(2)
+        module = nodes["AutoregressiveRollingDiffusionSampler"].__module__
+        self.room = module.rsplit(".", 1)[0]  # the pack's package, as ComfyUI's loader named it
+
+    def module(self, name):
+        """A module of the pack's comfy room, or of another: "core.plan" is two rooms away."""
+        return sys.modules[f"{self.room}.{name}"]
+
+    def stock(self, model, latent, sampler="euler", scheduler="simple", steps=3, denoise=1.0, cfg=3.0, prompts=None):
+        positive, negative = prompts or self.prompts
+        run = self.nodes["KSampler"]().sample
+        return run(model, 5, steps, cfg, sampler, scheduler, positive, negative, latent, denoise)[0]["samples"]
+
+    def ours(self, model, latent, sampler="euler", scheduler="simple", steps=3, denoise=1.0, cfg=3.0, prompts=None,
+             order="top-to-bottom", window=64, overlap=16, persistence=0.5, **extras):  # fmt: skip
+        positive, negative = prompts or self.prompts
+        run = self.nodes["AutoregressiveRollingDiffusionSampler"]().sample
+        return run(model, positive, negative, latent, 5, steps, cfg, sampler, scheduler, denoise, order, window, overlap,
+                   persistence, **extras)[0]["samples"]  # fmt: skip
+
+    def calls(self, model):
+        """The model, counting its calls, and the list they are counted in: (rows, height, width, sigma) of each."""
+        seen = []
+
+        def wrapper(apply, args):
+            seen.append((*args["input"].shape[-2:], float(args["timestep"].flatten()[0])))
+            return apply(args["input"], args["timestep"], **args["c"])
+
+        model = model.clone()
+        model.set_model_unet_function_wrapper(wrapper)
+        return model, seen
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    """ComfyUI runs nodes in inference mode."""
+    import torch
+
+    with torch.inference_mode():
+        yield

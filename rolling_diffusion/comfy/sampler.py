@@ -1,0 +1,229 @@
+"""The sampler object: ComfyUI's own samplers, one suspended call per block, behind ComfyUI's SAMPLER interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import comfy.samplers
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..core.cohort import ADAPTIVE
+from ..core.plan import Plan, make_plan
+from ..core.rollout import rollout
+from .canvas import Canvas, log
+from .flux import FluxDenoiser, is_flux
+from .windows import WindowDenoiser
+
+if TYPE_CHECKING:
+    from ..core.order import Block
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the nodes ask for. Sizes in cells; lookahead -1 is the whole canvas, memory_cap 0 is no cap."""
+
+    order: str = "top-to-bottom"
+    window: int = 64
+    overlap: int = 16
+    persistence: float = 0.5
+    draft: int = 0
+    lookahead: int = -1
+    context_noise: float = 0.0
+    memory_cap: int = 0
+    seed: int = 0
+
+    def plan(self, height: int, width: int, steps: int, multiple: int = 1) -> Plan:
+        """The plan for a canvas in cells; its far edges are rounded up to whole tokens. ValueError as make_plan's."""
+        return make_plan(
+            -(-height // multiple) * multiple,
+            -(-width // multiple) * multiple,
+            steps,
+            order=self.order,
+            window=self.window,
+            overlap=self.overlap,
+            draft=self.draft,
+            lookahead=None if self.lookahead < 0 else self.lookahead,
+            seed=self.seed % 2**63,
+            multiple=multiple,
+            persistence=self.persistence,
+        )
+
+
+    def check(self, samples: Tensor, steps: int) -> None:
+        """ValueError, one sentence, if no plan can be made for this latent: before any model is loaded."""
+        if samples.ndim in (4, 5) and not getattr(samples, "is_nested", False):
+            self.plan(*samples.shape[-2:], steps)
+
+
+def check_suspendable(name: str) -> None:
+    """ValueError for a sampler that cannot run once per block."""
+    if name in ADAPTIVE:
+        others = ", ".join(n for n in comfy.samplers.KSampler.SAMPLERS if n not in ADAPTIVE)
+        raise ValueError(
+            f"The sampler {name} chooses its own noise levels, so blocks cannot move together. Choose one of: {others}."
+        )
+
+
+class BlockModel:
+    """What a sampler takes for the guider: every attribute is the guider's, a call goes where `call` says."""
+
+    def __init__(self, guider: Any, call: Callable[[Tensor, Tensor, dict | None], Tensor]):
+        self._guider, self._call = guider, call
+
+    def __call__(self, x: Tensor, sigma: Tensor, model_options: dict | None = None, seed: int | None = None) -> Tensor:
+        return self._call(x, sigma, model_options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._guider, name)
+
+
+class Rolling(comfy.samplers.Sampler):
+    """A SAMPLER that runs another SAMPLER once per block, with autoregressive rolling diffusion.
+
+    With one block it gives what the other gives, bit for bit.
+    """
+
+    def __init__(self, sampler: Any, settings: Settings):
+        self.sampler, self.settings = sampler, settings
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("sampler", "settings"):
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None,
+               disable_pbar=False):  # fmt: skip
+        function = getattr(self.sampler, "sampler_function", None)
+        name = getattr(function, "__name__", "").removeprefix("sample_").removesuffix("_function")
+        check_suspendable(name)
+        stock = (model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+        if noise.ndim not in (4, 5) or noise.shape[-2] < 2 or len(sigmas) < 2:
+            log.info("Rolling: this latent %s has no rows and columns to order, sampled as one.", tuple(noise.shape))
+            return self.sampler.sample(*stock)
+        return _Run(self.sampler, self.settings, *stock).sample()
+
+
+class _Run:
+    """One sampling run: the plan, the denoiser, and the canvas that the blocks are put together on."""
+
+    def __init__(self, sampler, settings, guider, sigmas, extra_args, callback, noise, latent, mask, quiet):
+        self.sampler, self.settings, self.guider, self.sigmas, self.quiet = sampler, settings, guider, sigmas, quiet
+        self.extra_args, self.callback, self.noise, self.mask = extra_args, callback, noise, mask
+        self.latent = torch.zeros_like(noise) if latent is None else latent
+        self.seed = extra_args.get("seed")
+        flux = self._per_block_noise()
+        inner = guider.inner_model.diffusion_model if flux else None
+        self.plan = settings.plan(*noise.shape[-2:], len(sigmas) - 1, inner.patch_size if flux else 1)
+        arguments = guider, extra_args.get("model_options", {}), self.seed, noise, self.latent
+        if flux:
+            self.canvas: Canvas = FluxDenoiser(
+                *arguments,
+                plan=self.plan,
+                persistence=settings.persistence,
+                lookahead=self.plan.lookahead,
+                cap=settings.memory_cap or None,
+                context_noise=settings.context_noise,
+            )
+        else:
+            self.canvas = WindowDenoiser(*arguments, plan=self.plan, persistence=settings.persistence)
+
+    def _per_block_noise(self) -> bool:
+        """Can the model take a noise level per block? If not, say why, unless nobody would expect it."""
+        model, options = self.guider.inner_model, self.extra_args.get("model_options", {})
+        if self.noise.ndim != 4 or not is_flux(model):
+            kind = type(getattr(model, "diffusion_model", model)).__name__
+            log.info("Rolling: %s takes one noise level a call, so blocks are denoised in windows.", kind)
+            return False
+        if "multigpu_clones" in options:
+            log.warning("Rolling: with several GPUs memory cannot be kept, so blocks are denoised in windows.")
+            return False
+        return True
+
+    def sample(self) -> Tensor:
+        first = self.sigmas[:1]
+        scale = self.canvas.sampling.noise_scaling
+        most = self.sampler.max_denoise(self.guider, self.sigmas)
+        self.canvas.begin(scale(first[0], self.noise.clone(), self.latent, most))
+        result = torch.empty_like(self.noise)
+        self.total = self._total()
+        bar = tqdm(total=self.total, disable=self.quiet or self.plan.alone)
+        self.canvas.shown = lambda: self._shown(bar)
+        try:
+            seed = None if self.plan.alone else self.seed or 0  # alone, draw from ComfyUI's own random state
+            finished = rollout(
+                self.plan, self.canvas, self._one_block, self.sigmas, self._start, seed=seed, options=self._options
+            )
+            for block, x0 in finished:
+                self.canvas.paste(result, block, x0)
+        finally:
+            bar.close()
+            self.canvas.clear()
+        return result
+
+    def _shown(self, bar: tqdm) -> None:
+        """Progress and preview after each model call."""
+        calls = self.canvas.calls
+        bar.update(calls - bar.n)
+        if self.callback is not None:
+            self.callback(calls - 1, self.canvas.x0, self.canvas.x, max(self.total, calls))
+
+    def _start(self, block: Block) -> Tensor:
+        return self.canvas.cut(self.canvas.x, block).clone()
+
+    def _options(self, block: Block) -> dict[str, Any]:
+        return {"extra_args": {**self.extra_args, "model_options": self.canvas.options}, "block": block}
+
+    def _one_block(self, model, x, sigmas, extra_args, callback, disable, block) -> Tensor:
+        """The k-diffusion-shaped function that the rollout runs per block: the sampler, on the block's part of all."""
+        cut = self.canvas.cut
+
+        def call(x: Tensor, sigma: Tensor, own: dict | None) -> Tensor:
+            own = self.canvas.options if own is None else own
+            self.canvas.asked[block] = sigma, own
+            x0 = model(x, sigma)
+            return x0 if self.plan.alone else self.canvas.finish(block, x0, x, sigma, own)
+
+        def mark(step: int, x0: Tensor, x: Tensor, total: int) -> None:
+            callback({"i": step, "denoised": x0, "x": x})
+
+        mask = None if self.mask is None else cut(self.mask, block)
+        noise, latent = cut(self.noise, block), cut(self.latent, block)
+        quiet = disable and self.quiet if self.plan.alone else True
+        return self.sampler.sample(
+            BlockModel(self.guider, call), sigmas, dict(extra_args), mark, noise, latent, mask, quiet
+        )
+
+    def _total(self) -> int:
+        """Calls of the model: a sampler's own are counted by running it on a model that answers nothing."""
+        plan, steps = self.plan, len(self.sigmas) - 1
+        per_step = self._count(steps) / steps
+        run = round((steps - plan.draft) * per_step)
+        draft = round(plan.draft * per_step)
+        last = plan.start(len(plan.blocks) - 1, draft, run) + (run if not plan.alone else run + draft)
+        cost = plan.cost()
+        if isinstance(self.canvas, FluxDenoiser):
+            rules = self.canvas.rules
+            return last + cost.waiting_calls * rules.stores("waiting") + cost.commits * rules.stores("finished")
+        return last if plan.alone else draft + run * len(plan.blocks)
+
+    def _count(self, steps: int) -> int:
+        calls = 0
+
+        def nothing(x: Tensor, sigma: Tensor, own: dict | None) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return torch.zeros_like(x)
+
+        tiny = torch.ones_like(self.noise[:1, :, ..., :1, :1])
+        extra = {**self.extra_args, "seed": 0}
+        with torch.random.fork_rng(devices=[]):
+            try:
+                self.sampler.sample(BlockModel(self.guider, nothing), self.sigmas, extra, None, tiny, tiny * 0, None, True)
+            except Exception as error:  # a foreign sampler that wants a real model: the bar is then a guess
+                log.debug("Rolling: could not count the calls of %s: %s", type(self.sampler).__name__, error)
+                return steps
+        return max(calls, 1)
