@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -139,3 +141,11 @@ def test_a_model_folder_becomes_four_files(tmp_path):
     with pytest.raises(ValueError, match="text_encoder_2 holds no"):
         convert_folder(folder, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_conversion_needs_no_diffusers():
+    code = (
+        "import sys, rolling_diffusion.models.convert; print(sorted({'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

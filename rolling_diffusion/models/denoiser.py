@@ -277,8 +277,8 @@ class FluxDenoiser:
             img_ids=layout.ids,
             txt_ids=branch.text_ids,
             guidance=guidance,
-            joint_attention_kwargs=branch.options,
             return_dict=False,
+            **({} if branch.options is None else {"joint_attention_kwargs": branch.options}),
             **rolling,
         )[0]
         if store is not None and isinstance(kept, dict):
