@@ -8,16 +8,19 @@ from typing import Any
 
 import comfy.latent_formats
 import comfy.model_management as management
+import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import latent_preview
 import torch
+from einops import rearrange
 
 from . import inputs
 from .canvas import log
 
 REPOSITORY = "black-forest-labs/FLUX.1-dev"
 EMBEDDED, FLUX_DEV = "embedded", "FLUX.1-dev"
+FOLDER = Path(__file__).resolve().parents[1] / "embedded"
 WEIGHTS = (".safetensors", ".sft", ".gguf")
 
 
@@ -119,3 +122,102 @@ class FluxDevAutoRegressiveRollingDiffusionSampler:
     @classmethod
     def VALIDATE_INPUTS(cls, rolling_window_size=None, rolling_overlap=None, draft=None, steps=None):
         return inputs.problem(rolling_window_size, rolling_overlap, None, draft, steps, most_steps=100) or True
+
+    def sample(self, prompt, negative_prompt, width, height, seed, steps, cfg, autoregressive_order, rolling_window_size,
+               rolling_overlap, attention_persistence, enable_cpu_offload, model=FLUX_DEV, draft=-1, lookahead=-1,
+               context_noise=0.0, memory_cap=0):  # fmt: skip
+        found = _embedded() if model == EMBEDDED else find_flux_dev()
+        pipeline = self._pipeline(found, enable_cpu_offload == "True")
+        try:
+            packed = pipeline(
+                prompt=prompt,
+                negative_prompt=negative_prompt or None,
+                width=width,
+                height=height,
+                num_inference_steps=steps,
+                cfg=cfg,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="latent",
+                order=autoregressive_order,
+                window=rolling_window_size,
+                overlap=rolling_overlap,
+                attention_persistence=attention_persistence,
+                draft=None if draft < 0 else draft,
+                lookahead=None if lookahead < 0 else lookahead,
+                context_noise=context_noise or None,
+                memory_tokens=memory_cap or None,
+                on_frame=_reporter(),
+            ).images
+            canvas = rearrange(packed, "b (h w) (c p q) -> b c (h p) (w q)", h=height // 16, p=2, q=2)
+            vae = pipeline.vae
+            scaled = canvas / vae.config.scaling_factor + vae.config.shift_factor
+            with torch.no_grad():
+                decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+            image = pipeline.image_processor.postprocess(decoded, output_type="pt")
+        finally:
+            pipeline.maybe_free_model_hooks()
+        latent = comfy.latent_formats.Flux().process_out(canvas.float().cpu())
+        return {"samples": latent}, image.movedim(1, -1).float().cpu()
+
+    def _pipeline(self, found: Found, offload: bool) -> Any:
+        """The pipeline, loaded once, on the device that ComfyUI gives it. It goes when ComfyUI drops this node."""
+        key = found.source, offload
+        if self.loaded is None or self.loaded[0] != key:
+            self.loaded = None  # the old one first: two would not fit
+            pipeline = load_pipeline(found)
+            holder = torch.nn.ModuleDict({k: v for k, v in pipeline.components.items() if isinstance(v, torch.nn.Module)})
+            device = management.get_torch_device()
+            patcher = comfy.model_patcher.ModelPatcher(holder, load_device=device, offload_device=torch.device("cpu"))
+            if offload and device.type != "cpu":
+                pipeline.enable_model_cpu_offload(device=device)
+            pipeline.set_progress_bar_config(disable=not comfy.utils.PROGRESS_BAR_ENABLED)
+            self.loaded = key, pipeline, patcher
+        _, pipeline, patcher = self.loaded
+        if management.get_torch_device().type != "cpu":
+            if offload:  # the largest part alone is on the device at a time
+                largest = max(_bytes(part) for part in patcher.model.values())
+                management.free_memory(largest * 1.3, patcher.load_device)
+            else:
+                management.load_models_gpu([patcher], force_full_load=True)
+        return pipeline
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _embedded() -> Found:
+    if not (FOLDER / "model_index.json").is_file():
+        raise FileNotFoundError(f"The embedded model is missing: {FOLDER} has no model_index.json. Install the pack again.")
+    return Found(str(FOLDER))
+
+
+def load_pipeline(found: Found) -> Any:
+    """The library's pipeline; errors of the hub or of the files in one sentence each, as the library gives them."""
+    try:
+        from ..pipeline import RollingFluxPipeline
+    except ImportError as error:
+        raise ImportError(
+            f"The Flux-Dev node needs diffusers, transformers and accelerate ({error}): "
+            "install the pack's requirements.txt into ComfyUI's Python."
+        ) from error
+    dtype = torch.float32 if found.source == str(FOLDER) else torch.bfloat16
+    log.info("Rolling: loading the pipeline from %s", found.source)
+    if found.single_file:
+        return RollingFluxPipeline.from_single_file(found.source, torch_dtype=dtype)
+    return RollingFluxPipeline.from_pretrained(found.source, torch_dtype=dtype)
+
+
+def _reporter() -> Any:
+    """A callback for the rollout's frames: progress, preview and interruption, as KSampler has them."""
+    previewer = latent_preview.get_previewer(management.get_torch_device(), comfy.latent_formats.Flux())
+    bar: list[Any] = []
+
+    def report(frame: Any) -> None:
+        management.throw_exception_if_processing_interrupted()
+        if not bar:
+            bar.append(comfy.utils.ProgressBar(frame.total))
+        picture = previewer.decode_latent_to_preview_image("JPEG", frame.canvas.float()) if previewer else None
+        bar[0].update_absolute(frame.tick + 1, frame.total, picture)
+
+    return report

@@ -27,8 +27,9 @@ PERSISTENCE: Any = ("FLOAT", {
     "tooltip": "How much weight finished blocks keep, per block of distance: 1 remembers everything, 0 nothing."})  # fmt: skip
 EXTRAS: dict[str, Any] = {
     "draft": ("INT", {
-        "default": 0, "min": 0, "max": 9999,
-        "tooltip": "Steps that the whole canvas takes together before the blocks part. More draft, more coherence."}),
+        "default": -1, "min": -1, "max": 9999,
+        "tooltip": "Steps that the whole canvas takes together before the blocks part. More draft, more coherence. "
+        "-1 is a quarter of the steps, and none for the embedded model, which was trained to roll."}),
     "lookahead": ("INT", {
         "default": -1, "min": -1, "max": 16384, "step": 1,
         "tooltip": "Cells ahead that blocks still waiting are attended to (Flux). -1 is the whole canvas, 0 none."}),
@@ -60,8 +61,8 @@ def problem(window: Any, overlap: Any, sampler: Any = None, draft: Any = None, s
         return f"rolling_overlap ({overlap}) must be below rolling_window_size ({window}), or the window never moves on."
     if steps is not None and not 1 <= steps <= most_steps:
         return f"steps is {steps}, and must be from 1 to {most_steps}."
-    if draft is not None and draft < 0:
-        return f"draft is {draft} steps, and must be 0 or more."
+    if draft is not None and draft < -1:
+        return f"draft is {draft} steps, and must be 0 or more, or -1 for the model's own."
     if draft is not None and steps is not None and draft >= steps:
         return f"draft ({draft}) must be below steps ({steps}): at least one step is taken block by block."
     if sampler is not None:

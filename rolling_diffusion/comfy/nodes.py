@@ -61,7 +61,7 @@ class AutoregressiveRollingDiffusionSampler:
 
     def sample(self, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise,
                autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
-               draft=0, lookahead=-1, context_noise=0.0, memory_cap=0):  # fmt: skip
+               draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0):  # fmt: skip
         settings = Settings(autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
                             draft, lookahead, context_noise, memory_cap, seed)  # fmt: skip
         check_suspendable(sampler_name)
@@ -119,7 +119,7 @@ class RollingSampler:
         return inputs.problem(rolling_window_size, rolling_overlap) or True
 
     def wrap(self, sampler, autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
-             draft=0, lookahead=-1, context_noise=0.0, memory_cap=0):  # fmt: skip
+             draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0):  # fmt: skip
         return (Rolling(sampler, Settings(autoregressive_order, rolling_window_size, rolling_overlap,
                                           attention_persistence, draft, lookahead, context_noise, memory_cap)),)  # fmt: skip
 
@@ -182,7 +182,7 @@ class RollingPlanPreview:
         return inputs.problem(rolling_window_size, rolling_overlap, None, draft, steps) or True
 
     def draw(self, width, height, steps, autoregressive_order, rolling_window_size, rolling_overlap,
-             attention_persistence, draft=0, lookahead=-1, latent=None):  # fmt: skip
+             attention_persistence, draft=-1, lookahead=-1, latent=None):  # fmt: skip
         import numpy
 
         from ..picture import plan_picture

@@ -21,23 +21,30 @@ from .windows import WindowDenoiser
 if TYPE_CHECKING:
     from ..core.order import Block
 
+DRAFT = 0.25  # share of the steps, for models that were not trained to roll; the same as the pipeline's
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What the nodes ask for. Sizes in cells; lookahead -1 is the whole canvas, memory_cap 0 is no cap."""
+    """What the nodes ask for. Sizes in cells; lookahead -1 is the whole canvas, memory_cap 0 is no cap.
+
+    draft -1 is a quarter of the steps: what a model wants that never saw blocks at different noise. One that was
+    trained to roll wants none.
+    """
 
     order: str = "top-to-bottom"
     window: int = 64
     overlap: int = 16
     persistence: float = 0.5
-    draft: int = 0
+    draft: int = -1
     lookahead: int = -1
     context_noise: float = 0.0
     memory_cap: int = 0
     seed: int = 0
 
-    def plan(self, height: int, width: int, steps: int, multiple: int = 1) -> Plan:
+    def plan(self, height: int, width: int, steps: int, multiple: int = 1, trained: bool = False) -> Plan:
         """The plan for a canvas in cells; its far edges are rounded up to whole tokens. ValueError as make_plan's."""
+        own = 0 if trained else min(round(DRAFT * steps), steps - 1)
         return make_plan(
             -(-height // multiple) * multiple,
             -(-width // multiple) * multiple,
@@ -45,7 +52,7 @@ class Settings:
             order=self.order,
             window=self.window,
             overlap=self.overlap,
-            draft=self.draft,
+            draft=own if self.draft < 0 else self.draft,
             lookahead=None if self.lookahead < 0 else self.lookahead,
             seed=self.seed % 2**63,
             multiple=multiple,
@@ -117,7 +124,9 @@ class _Run:
         self.seed = extra_args.get("seed")
         flux = self._per_block_noise()
         inner = guider.inner_model.diffusion_model if flux else None
-        self.plan = settings.plan(*noise.shape[-2:], len(sigmas) - 1, inner.patch_size if flux else 1)
+        multiple = inner.patch_size if inner is not None else 1
+        trained = getattr(guider.inner_model, "trained_to_roll", False)
+        self.plan = settings.plan(*noise.shape[-2:], len(sigmas) - 1, multiple, trained)
         arguments = guider, extra_args.get("model_options", {}), self.seed, noise, self.latent
         if flux:
             self.canvas: Canvas = FluxDenoiser(

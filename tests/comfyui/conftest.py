@@ -62,8 +62,14 @@ class Host:
         return run(model, positive, negative, latent, 5, steps, cfg, sampler, scheduler, denoise, order, window, overlap,
                    persistence, **extras)[0]["samples"]  # fmt: skip
 
+    def run(self, name, **inputs):
+        """Any node's outputs, V1 or V3."""
+        node = self.nodes[name]
+        out = node.execute(**inputs) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(**inputs)
+        return getattr(out, "result", out)
+
     def calls(self, model):
-        """The model, counting its calls, and the list they are counted in: (rows, height, width, sigma) of each."""
+        """The model, counting its calls, and the list they are counted in: (height, width, sigma) of each."""
         seen = []
 
         def wrapper(apply, args):
