@@ -60,7 +60,7 @@ bench: $(STAMP)
 test-comfyui: $(STAMP)
 	@test -f "$(COMFYUI_PATH)/main.py" || { \
 	  echo "COMFYUI_PATH must name a ComfyUI checkout: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI" >&2; exit 2; }
-	COMFYUI_PATH="$(COMFYUI_PATH)" $(PY) -m pytest -rs $(wildcard tests/test_comfy*.py)
+	COMFYUI_PATH="$(COMFYUI_PATH)" $(PY) -m pytest -rs tests/comfyui
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -19,7 +19,7 @@ def said(capsys, *argv: str) -> str:
 
 def test_the_table_is_the_plans_own_cost(capsys):
     out = said(capsys, "--width", "512", "--height", "1024", "--steps", "28", "--draft", "7", "--text-tokens", "512")
-    plan = make_plan(128, 64, 28, window=64, overlap=32, draft=7)
+    plan = make_plan(128, 64, 28, window=64, overlap=32, draft=7, lookahead=64)
     cost = plan.cost(512)
     row = next(line for line in out.splitlines() if line.startswith("this plan"))
     calls, tokens, moving, visible, evaluations, relative = row.removeprefix("this plan").replace("×", "").split()
@@ -38,6 +38,18 @@ def test_the_default_run_rolls(capsys, tmp_path):
     said(capsys, "--json", str(file))
     plan = json.loads(file.read_text())["plan"]
     assert (plan["height"], plan["width"], plan["window"], plan["overlap"], plan["lag"]) == (32, 32, 16, 8, 10)
+
+
+def test_another_model_brings_its_own_habits(capsys):
+    out = said(capsys, "--model", "black-forest-labs/FLUX.1-dev")
+    assert "1024 × 1024 pixels" in out and "28 a block, 7 of them in the draft" in out and "512 of text" in out
+
+
+def test_a_canvas_beyond_the_models_own_looks_one_window_ahead(capsys):
+    assert "waiting blocks: the whole canvas" in said(capsys)
+    assert "waiting blocks: 64 cells" in said(capsys, "--height", "1024")
+    assert "waiting blocks: the whole canvas" in said(capsys, "--height", "1024", "--lookahead", "all")
+    assert "waiting blocks: nothing" in said(capsys, "--lookahead", "0")
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -78,15 +78,19 @@ def decimal(low: float, high: float = math.inf) -> Callable[[str], float]:
     return number
 
 
-def lag(text: str) -> int | str:
-    """Type of --lag: a whole number of ticks, or the word autoregressive."""
-    if text == "autoregressive":
-        return text
-    try:
-        return whole_number(0)(text)
-    except argparse.ArgumentTypeError:
-        message = f"must be a whole number of ticks (0 is ordinary diffusion) or 'autoregressive', not {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
+def number_or(word: str, unit: str) -> Callable[[str], int | str]:
+    """Type of an option that takes a whole number of `unit`, or one word."""
+
+    def number(text: str) -> int | str:
+        if text == word:
+            return text
+        try:
+            return whole_number(0)(text)
+        except argparse.ArgumentTypeError:
+            message = f"must be a whole number of {unit} or {word!r}, not {text!r}"
+            raise argparse.ArgumentTypeError(message) from None
+
+    return number
 
 
 def fail(sentence: str) -> int:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from .arguments import Parser, decimal, name_in, whole_number
 from .files import ANIMATIONS, check_target, find_ffmpeg, read_settings, save_animation, save_json, save_png
-from .model import DTYPES, EMBEDDED, device_named, dtype_named, known_words, locate, unknown_words
-from .settings import PLAN_DEFAULTS, add_plan_options, complete, plan_of
+from .model import DTYPES, EMBEDDED, device_named, habits_of, known_words, load, locate, unknown_words
+from .settings import PLAN_DEFAULTS, Habits, add_plan_options, complete, plan_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from ..core.plan import Plan
     from ..pipeline import RollingFluxPipeline
 
-# The k-diffusion names of diffusers' flow-capable schedulers, and of the spacings of their sigmas.
-SAMPLERS = ("euler", "heun", "dpmpp_2m", "uni_pc")
+# As the pipeline names them; written down here, so that a misspelled one is found before diffusers is imported.
+SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "deis", "lcm")
 SCHEDULERS = ("simple", "karras", "exponential", "beta")
 DEFAULTS: dict[str, Any] = {
     **PLAN_DEFAULTS,
     "prompt": None,
     "negative_prompt": "",
-    "cfg": 3.0,
+    "cfg": None,
     "sampler": "euler",
     "scheduler": "simple",
     "model": EMBEDDED,
@@ -45,7 +45,7 @@ def add_options(parser: Parser) -> None:
     add("-o", "--output", type=Path, metavar="FILE.png", help="(default: named after the prompt and the seed)")
     add("--from", dest="again", type=Path, metavar="FILE.png", help="use the settings in a picture made by generate")
     add("--negative-prompt", metavar="TEXT", help="what to keep away from")
-    add("--cfg", type=decimal(0), metavar="SCALE", help="how closely to follow the prompt (default: 3)")
+    add("--cfg", type=decimal(0), metavar="SCALE", help="how closely to follow the prompt (default: the model's own)")
     add("--sampler", type=name_in(SAMPLERS), metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: euler)")
     add("--scheduler", type=name_in(SCHEDULERS), metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: simple)")
     add("--model", metavar="MODEL", help="a folder, a checkpoint file or a hub id (default: embedded)")
@@ -60,17 +60,24 @@ def add_options(parser: Parser) -> None:
 
 
 def run(values: argparse.Namespace) -> int:
-    """Everything that can be refused is refused before the model is loaded."""
-    settings = complete(values, read_settings(values.again) if values.again else {}, DEFAULTS)
-    if not (settings["prompt"] or "").strip():
+    """Everything that can be refused is refused before the model is loaded, and most of it before diffusers is."""
+    recorded = read_settings(values.again) if values.again else {}
+    name = values.model or recorded.get("model", EMBEDDED)
+    prompt = values.prompt or recorded.get("prompt") or ""
+    if not prompt.strip():
         raise ValueError('a prompt is needed: rolling-diffusion generate "a red ball above a blue boat"')
+    outputs = targets(values, prompt, recorded.get("seed", 0) if values.seed is None else values.seed)
+    if name == EMBEDDED:  # its habits are known: what does not fit is found at once
+        plan_of(complete(values, recorded, DEFAULTS, Habits()))
+    device = device_named(values.device or recorded.get("device", "auto"))
+    folder = locate(name)
+    settings = complete(values, recorded, DEFAULTS, habits_of(name, folder))
+    settings["device"] = device
     plan = plan_of(settings)
-    outputs = targets(values, settings)
-    settings["device"] = device_named(settings["device"])
-    folder = locate(settings["model"])
 
     started = time.perf_counter()
-    pipeline = load(folder, settings)
+    pipeline = load(folder, device, settings["dtype"])
+    settings["dtype"] = str(pipeline.dtype).removeprefix("torch.")
     warn(pipeline, settings)
     loaded = time.perf_counter() - started
 
@@ -94,10 +101,10 @@ def run(values: argparse.Namespace) -> int:
     return 0
 
 
-def targets(values: argparse.Namespace, settings: dict[str, Any]) -> list[Path]:
+def targets(values: argparse.Namespace, prompt: str, seed: int) -> list[Path]:
     """The files to write, one per picture of the batch; all of them, and those beside them, are checked."""
-    words = "-".join(re.findall(r"\w+", settings["prompt"].lower()))[:60].strip("-")
-    first = values.output or Path(f"{words or 'picture'}-{settings['seed']}.png")
+    words = "-".join(re.findall(r"\w+", prompt.lower()))[:60].strip("-")
+    first = values.output or Path(f"{words or 'picture'}-{seed}.png")
     outputs = [first]
     if values.batch > 1:
         outputs = [first.with_name(f"{first.stem}-{i + 1}{first.suffix}") for i in range(values.batch)]
@@ -110,18 +117,6 @@ def targets(values: argparse.Namespace, settings: dict[str, Any]) -> list[Path]:
     if values.report:
         check_target(values.report)
     return outputs
-
-
-def load(folder: str, settings: dict[str, Any]) -> RollingFluxPipeline:
-    from ..pipeline import RollingFluxPipeline
-
-    dtype = dtype_named(settings["dtype"], settings["device"])
-    settings["dtype"] = str(dtype).removeprefix("torch.")
-    one_file = Path(folder).is_file()
-    read = RollingFluxPipeline.from_single_file if one_file else RollingFluxPipeline.from_pretrained
-    pipeline = read(folder, torch_dtype=dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(settings["device"])
 
 
 def warn(pipeline: RollingFluxPipeline, settings: dict[str, Any]) -> None:
@@ -145,12 +140,13 @@ def draw(
     def on_frame(frame) -> None:
         bar.total = frame.total
         bar.update(frame.tick + 1 - bar.n)
-        bar.set_description(f"block {frame.blocks[0].index + 1} of {len(plan.blocks)}")
+        together = len(frame.blocks) == len(plan.blocks)
+        bar.set_description("all blocks" if together else f"block {frame.blocks[0].index + 1} of {len(plan.blocks)}")
         if frames is not None and frame.tick % max(1, -(-frame.total // MOST_FRAMES)) == 0:
             frames.append(pipeline.preview(frame))
 
     with bar:
-        return pipeline(
+        images, *_ = pipeline(
             prompt=settings["prompt"],
             negative_prompt=settings["negative_prompt"] or None,
             width=settings["width"],
@@ -162,13 +158,15 @@ def draw(
             overlap=settings["overlap"],
             attention_persistence=settings["persistence"],
             draft=settings["draft"],
-            lookahead=settings["lookahead"],
+            lookahead=plan.lookahead,
             lag=settings["lag"],
             sampler=settings["sampler"],
             scheduler_sigmas=settings["scheduler"],
             generator=torch.Generator("cpu").manual_seed(settings["seed"]),
             on_frame=on_frame,
-        ).images[0]
+            return_dict=False,
+        )
+    return images[0]
 
 
 def report(
@@ -188,7 +186,7 @@ def report(
         "diffusers": diffusers.__version__,
         "settings": settings,
         "plan": asdict(plan),
-        "cost": asdict(plan.cost(pipeline.tokenizer_max_length)),
+        "cost": asdict(plan.cost(pipeline.card.max_sequence_length)),
         "load_seconds": round(loaded, 3),
         "pictures": pictures,
     }

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import generate, plan
+from . import evaluate, generate, plan, train
 from .arguments import Parser, fail, nearest
 
 COMMANDS = {
     "generate": (generate, "draw a picture from a prompt"),
     "plan": (plan, "show what a plan costs and how it looks"),
+    "evaluate": (evaluate, "score how well a model follows prompts"),
+    "train": (train, "train the embedded model"),
 }
 
 

@@ -7,8 +7,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .settings import Habits
+
 if TYPE_CHECKING:
     import torch
+
+    from ..pipeline import RollingFluxPipeline
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded"
@@ -90,3 +94,36 @@ def known_words(tokenizer: Any) -> list[str]:
     """The tokenizer's words, sorted, without its special tokens."""
     special = set(tokenizer.all_special_tokens)
     return sorted(w for w in tokenizer.get_vocab() if w not in special and w.isalpha())
+
+
+def habits_of(name: str, folder: str) -> Habits:
+    """What the model is sampled with when nothing is said, as its card tells; without one, as FLUX.1-dev is."""
+    if name == EMBEDDED:
+        return Habits()
+    quiet()
+    from ..pipeline import Card
+
+    index = Path(folder) / "model_index.json"
+    card = Card.of(json.loads(index.read_text()).get("rolling") if index.is_file() else None)
+    return Habits(card.size, card.steps, card.draft_steps(1000) / 1000, card.native_tokens, card.max_sequence_length)
+
+
+def load(folder: str, device: str, dtype: str) -> RollingFluxPipeline:
+    """The pipeline of a folder, a checkpoint file or a hub id, on the device, silent."""
+    quiet()
+    from ..pipeline import RollingFluxPipeline
+
+    read = RollingFluxPipeline.from_single_file if Path(folder).is_file() else RollingFluxPipeline.from_pretrained
+    pipeline = read(folder, torch_dtype=dtype_named(dtype, device))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def quiet() -> None:
+    """Keeps the libraries' own notes and bars off the terminal: what matters comes as an error."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

@@ -9,7 +9,8 @@ from pathlib import Path
 from ..core.plan import Plan, make_plan
 from .arguments import Parser, whole_number
 from .files import check_target, save_json, save_png
-from .settings import PLAN_DEFAULTS, add_plan_options, complete, plan_of
+from .model import EMBEDDED, habits_of, locate
+from .settings import PLAN_DEFAULTS, Habits, add_plan_options, complete, plan_of
 
 HEAD = ("", "calls", "tokens/call", "in motion", "visible", "evaluations", "of full")
 
@@ -17,28 +18,29 @@ HEAD = ("", "calls", "tokens/call", "in motion", "visible", "evaluations", "of f
 def add_options(parser: Parser) -> None:
     add_plan_options(parser)
     add = parser.add_argument
-    add(
-        "--text-tokens", type=whole_number(0), default=32, metavar="N", help="of the prompt (default: 32; Flux has 512)"
-    )
+    add("--model", default=EMBEDDED, metavar="MODEL", help="whose habits fill in what is not said (default: embedded)")
+    add("--text-tokens", type=whole_number(0), metavar="N", help="of the prompt (default: the model's own)")
     add("-o", "--output", type=Path, metavar="FILE.png", help="a picture of the plan")
     add("--json", type=Path, metavar="FILE", help="the plan and its cost, for programs")
 
 
 def run(values: argparse.Namespace) -> int:
-    settings = complete(values, {}, PLAN_DEFAULTS)
+    habits = Habits() if values.model == EMBEDDED else habits_of(values.model, locate(values.model))
+    settings = complete(values, {}, PLAN_DEFAULTS, habits)
     plan = plan_of(settings)
+    text_tokens = habits.text_tokens if values.text_tokens is None else values.text_tokens
     if values.output is not None:
         check_target(values.output, (".png",))
     if values.json is not None:
         check_target(values.json)
-    print(describe(plan, values.text_tokens))
+    print(describe(plan, text_tokens))
     if values.output is not None:
         from ..picture import plan_picture
 
-        save_png(values.output, plan_picture(plan, text_tokens=values.text_tokens), settings)
+        save_png(values.output, plan_picture(plan, text_tokens=text_tokens), settings)
         print(f"\n{values.output}")
     if values.json is not None:
-        save_json(values.json, {"plan": asdict(plan), "cost": asdict(plan.cost(values.text_tokens))})
+        save_json(values.json, {"plan": asdict(plan), "cost": asdict(plan.cost(text_tokens))})
     return 0
 
 

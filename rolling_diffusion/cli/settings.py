@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
 from ..core.order import COLUMN_ORDERS, ORDERS, ROW_ORDERS
 from ..core.plan import Plan, make_plan
-from .arguments import Parser, decimal, lag, name_in, whole_number
+from .arguments import Parser, decimal, name_in, number_or, whole_number
 
 CELL, TOKEN = 8, 2  # pixels a cell, cells a token: Flux's, and the embedded model's
-EMBEDDED = "embedded"
+EVERYTHING = "all"  # a lookahead over the whole canvas
 PLAN_DEFAULTS: dict[str, Any] = {
-    "width": 256,
-    "height": 256,
-    "steps": 20,
+    "width": None,
+    "height": None,
+    "steps": None,
     "order": "top-to-bottom",
-    "draft": 0,
+    "draft": None,
     "lookahead": None,
     "lag": None,
     "persistence": 1.0,
@@ -24,19 +25,52 @@ PLAN_DEFAULTS: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Habits:
+    """What a model is sampled with when nothing is said; here, as the embedded model's card has it.
+
+    size: pixels a side. draft: share of the steps. native_tokens: of the image, up to which a block sees the whole
+    canvas. text_tokens: of a prompt.
+    """
+
+    size: int = 256
+    steps: int = 20
+    draft: float = 0.0
+    native_tokens: int = 256
+    text_tokens: int = 32
+
+
 def add_plan_options(parser: Parser) -> None:
     """The options that make a plan. All default to None, so that what was said stays apart from what is filled in."""
     group = parser.add_argument_group("the plan")
     add = group.add_argument
-    add("--width", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: 256)")
-    add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: 256)")
-    add("--steps", type=whole_number(1), metavar="N", help="noise levels that every block passes through (default: 20)")
+    add("--width", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
+    add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
+    add(
+        "--steps",
+        type=whole_number(1),
+        metavar="N",
+        help="noise levels that every block passes through (default: the model's own)",
+    )
     add("--order", type=name_in(ORDERS), metavar="NAME", help=f"{', '.join(ORDERS)} (default: top-to-bottom)")
     add("--window", type=whole_number(1), metavar="CELLS", help="cells that are in motion (default: half the canvas)")
     add("--overlap", type=whole_number(0), metavar="CELLS", help="cells that stay as it advances (default: half of it)")
-    add("--draft", type=whole_number(0), metavar="STEPS", help="first steps that all blocks take together (default: 0)")
-    add("--lookahead", type=whole_number(0), metavar="CELLS", help="how far waiting blocks are seen (default: all)")
-    add("--lag", type=lag, metavar="TICKS", help="ticks between blocks, or autoregressive (default: fits the window)")
+    add(
+        "--draft",
+        type=whole_number(0),
+        metavar="STEPS",
+        help="first steps that all blocks take together (default: the model's own)",
+    )
+    reach = number_or(EVERYTHING, "cells")
+    add(
+        "--lookahead",
+        type=reach,
+        metavar="CELLS",
+        help="how far waiting blocks are seen, or all (default: all, or"
+        " the window where the canvas is larger than the model's own)",
+    )
+    ticks = number_or("autoregressive", "ticks (0 is ordinary diffusion)")
+    add("--lag", type=ticks, metavar="TICKS", help="ticks between blocks, or autoregressive (default: fits the window)")
     add("--persistence", type=decimal(0, 1), metavar="P", help="memory of finished blocks, 0 to 1 (default: 1)")
     add("--seed", type=whole_number(0), metavar="N", help="of the noise, and of --order random (default: 0)")
 
@@ -47,17 +81,30 @@ def fit_window(order: str, height: int, width: int) -> int:
     return max(2 * TOKEN, round(extent / 2 / (2 * TOKEN)) * 2 * TOKEN) if extent > TOKEN else TOKEN
 
 
-def complete(values: argparse.Namespace, recorded: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """What was said, else what was recorded, else the default, for each of `defaults`; window and overlap fitted."""
+def complete(
+    values: argparse.Namespace, recorded: dict[str, Any], defaults: dict[str, Any], habits: Habits
+) -> dict[str, Any]:
+    """What was said, else what was recorded, else the default, for each of `defaults`; the rest fitted to the model and
+    the canvas. A recorded overlap or lookahead is not kept where the window it belongs to was said anew."""
     said = {name: value for name, value in vars(values).items() if value is not None}
+    if said.keys() & {"window", "order", "width", "height"}:
+        recorded = {name: value for name, value in recorded.items() if name not in ("window", "overlap", "lookahead")}
     settings = {name: said.get(name, recorded.get(name, default)) for name, default in defaults.items()}
+
+    def fit(name: str, value: Any) -> Any:
+        known = said.get(name, recorded.get(name))
+        settings[name] = value if known is None else known
+        return settings[name]
+
+    height, width = (fit(side, habits.size) for side in ("height", "width"))
     for side in ("width", "height"):
         check_side(side, settings[side])
-    fitted = fit_window(settings["order"], settings["height"] // CELL, settings["width"] // CELL)
-    window = settings["window"] = said.get("window", recorded.get("window", fitted))
-    half = window // 2 // TOKEN * TOKEN
-    kept = recorded.get("overlap", half) if "window" not in said else half
-    settings["overlap"] = said.get("overlap", kept)
+    steps = fit("steps", habits.steps)
+    fit("draft", min(round(habits.draft * steps), steps - 1))
+    window = fit("window", fit_window(settings["order"], height // CELL, width // CELL))
+    fit("overlap", window // 2 // TOKEN * TOKEN)
+    known = width * height <= habits.native_tokens * (CELL * TOKEN) ** 2
+    fit("lookahead", EVERYTHING if known else window)
     return settings
 
 
@@ -71,16 +118,19 @@ def check_side(name: str, pixels: int) -> None:
 
 
 def plan_of(settings: dict[str, Any]) -> Plan:
-    """The plan that these settings make."""
+    """The plan that these settings make; heun takes two ticks a step, and one for the last."""
+    steps, draft = settings["steps"], settings["draft"]
+    if settings.get("sampler") == "heun":
+        steps, draft = 2 * steps - 1, 2 * draft
     return make_plan(
         settings["height"] // CELL,
         settings["width"] // CELL,
-        settings["steps"],
+        steps,
         order=settings["order"],
         window=settings["window"],
         overlap=settings["overlap"],
-        draft=settings["draft"],
-        lookahead=settings["lookahead"],
+        draft=draft,
+        lookahead=None if settings["lookahead"] == EVERYTHING else settings["lookahead"],
         seed=settings["seed"],
         lag=settings["lag"],
         multiple=TOKEN,

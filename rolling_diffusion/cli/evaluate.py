@@ -1,0 +1,81 @@
+"""`rolling-diffusion evaluate`: how well a model follows prompts, sampled in full, rolling and block by block."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .arguments import Parser, name_in, whole_number
+from .files import check_target, save_json
+from .model import DTYPES, EMBEDDED, device_named, load, locate
+
+
+def add_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add(
+        "--model", default=EMBEDDED, metavar="MODEL", help="a folder, a checkpoint file or a hub id (default: embedded)"
+    )
+    add("--prompts", type=whole_number(6), default=240, metavar="N", help="over the six tasks (default: 240)")
+    add("--held-out", type=whole_number(0), default=0, metavar="N", help="more, of pairs never trained (default: 0)")
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="of the prompts (default: 0)")
+    add("--steps", type=whole_number(1), metavar="N", help="(default: the model's own)")
+    add("--study", action="store_true", help="more ways: each memory on and off, drafts, the text's noise level")
+    add("--batch", type=whole_number(1), default=8, metavar="N", help="pictures at a time (default: 8)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--dtype", type=name_in(DTYPES), default="auto", metavar="NAME", help=f"{', '.join(DTYPES)} (default: auto)")
+    add("--json", type=Path, metavar="FILE", help="every number, for programs")
+
+
+def run(values: argparse.Namespace) -> int:
+    if values.json is not None:
+        check_target(values.json)
+    device = device_named(values.device)
+    folder = locate(values.model)
+    from tqdm import tqdm
+
+    from ..evaluation import STUDY, WAYS, evaluate
+
+    pipeline = load(folder, device, values.dtype)
+    ways = STUDY if values.study else WAYS
+    started = time.perf_counter()
+    with tqdm(unit="picture", leave=False) as bar:
+
+        def progress(way: str, done: int, total: int) -> None:
+            bar.total = total * len(ways)
+            bar.set_description(way)
+            bar.update(list(ways).index(way) * total + done - bar.n)
+
+        report = evaluate(
+            pipeline,
+            values.prompts,
+            values.seed,
+            ways=ways,
+            held_out=values.held_out,
+            batch=values.batch,
+            common={} if values.steps is None else {"num_inference_steps": values.steps},
+            progress=progress,
+        )
+    print(table(report))
+    if values.json is not None:
+        about = {name: getattr(values, name) for name in ("model", "prompts", "held_out", "seed", "steps", "batch")}
+        about |= {"device": device, "dtype": str(pipeline.dtype).removeprefix("torch."), "version": __version__}
+        about["seconds"] = round(time.perf_counter() - started, 1)
+        save_json(values.json, {**report, "about": about})
+        print(f"\n{values.json}")
+    return 0
+
+
+def table(report: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table, one row per way of sampling: scores with 95 % intervals, then each task's share."""
+    tasks = list(next(iter(report.values()))["tasks"])
+    rows = [["sampling", "score", "against full", "invented", *tasks]]
+    for way, row in report.items():
+        gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(*row["against full"]) if "against full" in row else ""
+        score = "{:.3f} ({:.3f} to {:.3f})".format(row["score"], *row["interval"])
+        rows.append([way, score, gap, f"{row['invented']:.3f}", *(f"{row['tasks'][task]:.3f}" for task in tasks)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)

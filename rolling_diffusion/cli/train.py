@@ -1,0 +1,44 @@
+"""`rolling-diffusion train`: makes the embedded model again, from nothing; a run that was stopped goes on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..train import MINUTES, STAGES
+from ..train import run as train
+from .arguments import Parser, decimal, whole_number
+from .model import device_named
+
+
+def add_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("-o", "--output", type=Path, default=Path("runs/model"), metavar="FOLDER", help="(default: runs/model)")
+    add("--work", type=Path, default=Path("runs/train"), metavar="FOLDER", help="checkpoints (default: runs/train)")
+    for stage, minutes in MINUTES.items():
+        add(f"--{stage}-minutes", type=decimal(0), default=minutes, metavar="N", help=f"(default: {minutes:g})")
+    for stage, steps in STAGES.items():
+        add(f"--{stage}-steps", type=whole_number(1), default=steps, metavar="N", help=f"(default: {steps})")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (default: auto)")
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="(default: 0)")
+
+
+def run(values: argparse.Namespace) -> int:
+    if not values.uniform_minutes and not values.rolling_minutes:
+        raise ValueError("--uniform-minutes and --rolling-minutes are both 0: there is nothing to train")
+    for folder in (values.output, values.work):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+    train(
+        values.output,
+        values.work,
+        uniform_minutes=values.uniform_minutes,
+        rolling_minutes=values.rolling_minutes,
+        text_steps=values.text_steps,
+        decoder_steps=values.decoder_steps,
+        device=device_named(values.device),
+        seed=values.seed,
+    )
+    return 0
