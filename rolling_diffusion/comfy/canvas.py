@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.patcher_extension
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:

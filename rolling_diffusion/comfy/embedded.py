@@ -33,7 +33,9 @@ def load(folder: Path = FOLDER) -> tuple[Any, Any, Any]:
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"The embedded model is incomplete: {folder} has no .safetensors file. Install the pack again.")
+        raise FileNotFoundError(
+            f"The embedded model is incomplete: {folder} has no .safetensors file. Install the pack again."
+        )
     state: dict[str, Tensor] = {}
     for file in files:
         state.update(comfy.utils.load_torch_file(str(file), safe_load=True))
@@ -131,7 +133,7 @@ class Encoders(nn.Module):
         super().__init__()
         from transformers import CLIPTextModel, T5EncoderModel
 
-        options = {"local_files_only": True, "use_safetensors": True}
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
         self.clip_l = CLIPTextModel.from_pretrained(folder / "text_encoder", **options).float().eval()
         self.t5xxl = T5EncoderModel.from_pretrained(folder / "text_encoder_2", **options).float().eval()
         self.dtypes = {torch.float32}

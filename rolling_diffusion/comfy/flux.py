@@ -27,8 +27,8 @@ from .flux_call import FluxCall
 
 if TYPE_CHECKING:
     from ..core.order import Block
-    from ..core.rollout import Moving
     from ..core.plan import Plan
+    from ..core.rollout import Moving
 
 Branch = tuple[int, Any, int]  # which of the guider's evaluations, which conditioning, which side
 
@@ -47,7 +47,6 @@ class Call:
     sigmas: list[float]
     largest: float  # the noise that the guider is told
     store: str | None = None  # "finished", "waiting" or nothing
-    see_waiting: bool = True
     ordinal: int = -1  # which evaluation of the guider is running
     areas: dict = field(default_factory=dict)  # (evaluation, conditioning, side): (height, width, top, left) in cells
 
@@ -106,7 +105,7 @@ class FluxDenoiser(Canvas):
         if sigma > 0:
             noise, scale = self.cut(self.noise, block), torch.tensor(sigma, device=x0.device, dtype=x0.dtype)
             self.paste(self.x, block, self.sampling.noise_scaling(scale, noise.clone(), x0))
-        self._joint([block], [sigma], "finished", see_waiting=False)
+        self._joint([block], [sigma], "finished")
         self.paste(self.x, block, x0)
         self.show()
 
@@ -123,10 +122,10 @@ class FluxDenoiser(Canvas):
 
     # --- one call ---------------------------------------------------------------------------------------------------
 
-    def _joint(self, blocks: list[Block], sigmas: list[float], store: str | None, see_waiting: bool = True) -> Tensor:
+    def _joint(self, blocks: list[Block], sigmas: list[float], store: str | None) -> Tensor:
         # Conditionings look at the guider's sigma, and some guidance divides by it: a clean block is called the last step.
         largest = max(max(sigmas), float(self.sampling.sigma_min))
-        self.call = Call(blocks, sigmas, largest, store, see_waiting)
+        self.call = Call(blocks, sigmas, largest, store)
         try:
             sigma = torch.full((self.x.shape[0],), largest, device=self.x.device, dtype=self.x.dtype)
             return self.ask(self.x.clone(), sigma, self.joint_options([] if store else blocks))
@@ -198,7 +197,8 @@ class FluxDenoiser(Canvas):
         assert call is not None
         x, model = inputs[0], executor.class_obj
         area = call.areas.get(branches[0]) or (*x.shape[-2:], 0, 0)
-        views = [self.memories[b].view(call.blocks, call.see_waiting) for b in map(self._known, branches) if b in self.memories]
+        known = [self.memories[b] for b in map(self._known, branches) if b in self.memories]
+        views = [memory.view(call.blocks, free=call.store != "waiting") for memory in known]
         memories = []
         if call.store:
             for branch in branches:

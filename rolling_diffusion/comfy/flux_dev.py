@@ -165,7 +165,9 @@ class FluxDevAutoRegressiveRollingDiffusionSampler:
         if self.loaded is None or self.loaded[0] != key:
             self.loaded = None  # the old one first: two would not fit
             pipeline = load_pipeline(found)
-            holder = torch.nn.ModuleDict({k: v for k, v in pipeline.components.items() if isinstance(v, torch.nn.Module)})
+            holder = torch.nn.ModuleDict(
+                {k: v for k, v in pipeline.components.items() if isinstance(v, torch.nn.Module)}
+            )
             device = management.get_torch_device()
             patcher = comfy.model_patcher.ModelPatcher(holder, load_device=device, offload_device=torch.device("cpu"))
             if offload and device.type != "cpu":
@@ -188,7 +190,9 @@ def _bytes(module: torch.nn.Module) -> int:
 
 def _embedded() -> Found:
     if not (FOLDER / "model_index.json").is_file():
-        raise FileNotFoundError(f"The embedded model is missing: {FOLDER} has no model_index.json. Install the pack again.")
+        raise FileNotFoundError(
+            f"The embedded model is missing: {FOLDER} has no model_index.json. Install the pack again."
+        )
     return Found(str(FOLDER))
 
 

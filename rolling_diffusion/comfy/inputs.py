@@ -58,7 +58,9 @@ def problem(window: Any, overlap: Any, sampler: Any = None, draft: Any = None, s
     if overlap is not None and overlap % 2:
         return f"rolling_overlap is {overlap} cells, and must be even: a token is 2×2 cells."
     if window is not None and overlap is not None and overlap >= window:
-        return f"rolling_overlap ({overlap}) must be below rolling_window_size ({window}), or the window never moves on."
+        return (
+            f"rolling_overlap ({overlap}) must be below rolling_window_size ({window}), or the window never moves on."
+        )
     if steps is not None and not 1 <= steps <= most_steps:
         return f"steps is {steps}, and must be from 1 to {most_steps}."
     if draft is not None and draft < -1:

@@ -187,7 +187,9 @@ class RollingPlanPreview:
 
         from ..picture import plan_picture
 
-        settings = Settings(autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence, draft, lookahead)
+        settings = Settings(
+            autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence, draft, lookahead
+        )
         rows, columns = (height // 8, width // 8) if latent is None else latent["samples"].shape[-2:]
         plan = settings.plan(rows, columns, steps, 2)
         pixels = numpy.asarray(plan_picture(plan), dtype=numpy.float32) / 255

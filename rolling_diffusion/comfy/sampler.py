@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..core.cohort import ADAPTIVE
 from ..core.plan import Plan, make_plan
 from ..core.rollout import rollout
-from .canvas import Canvas, log
+from .canvas import log
 from .flux import FluxDenoiser, is_flux
 from .windows import WindowDenoiser
 
@@ -59,11 +59,10 @@ class Settings:
             persistence=self.persistence,
         )
 
-
     def check(self, samples: Tensor, steps: int) -> None:
         """ValueError, one sentence, if no plan can be made for this latent: before any model is loaded."""
         if samples.ndim in (4, 5) and not getattr(samples, "is_nested", False):
-            self.plan(*samples.shape[-2:], steps)
+            self.plan(samples.shape[-2], samples.shape[-1], steps)
 
 
 def check_suspendable(name: str) -> None:
@@ -129,7 +128,7 @@ class _Run:
         self.plan = settings.plan(*noise.shape[-2:], len(sigmas) - 1, multiple, trained)
         arguments = guider, extra_args.get("model_options", {}), self.seed, noise, self.latent
         if flux:
-            self.canvas: Canvas = FluxDenoiser(
+            self.canvas: FluxDenoiser | WindowDenoiser = FluxDenoiser(
                 *arguments,
                 plan=self.plan,
                 persistence=settings.persistence,
@@ -231,7 +230,9 @@ class _Run:
         extra = {**self.extra_args, "seed": 0}
         with torch.random.fork_rng(devices=[]):
             try:
-                self.sampler.sample(BlockModel(self.guider, nothing), self.sigmas, extra, None, tiny, tiny * 0, None, True)
+                self.sampler.sample(
+                    BlockModel(self.guider, nothing), self.sigmas, extra, None, tiny, tiny * 0, None, True
+                )
             except Exception as error:  # a foreign sampler that wants a real model: the bar is then a guess
                 log.debug("Rolling: could not count the calls of %s: %s", type(self.sampler).__name__, error)
                 return steps

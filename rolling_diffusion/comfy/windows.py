@@ -18,12 +18,12 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
 from torch import Tensor
 
-from .canvas import KEY, Canvas, log
+from .canvas import KEY, Canvas
 
 if TYPE_CHECKING:
     from ..core.order import Block
-    from ..core.rollout import Moving
     from ..core.plan import Plan
+    from ..core.rollout import Moving
 
 Box = tuple[int, int, int, int]  # height, width, top, left in cells, as ComfyUI writes areas
 
@@ -116,7 +116,9 @@ class WindowDenoiser(Canvas):
         if self.window is None:
             return executor(model, conds, x, timestep, options, *a, **kw)
         window = self.window
-        cropped = [group if group is None else [c for c in (self._within(c, window, x) for c in group) if c] for group in conds]
+        cropped = [
+            group if group is None else [c for c in (self._within(c, window, x) for c in group) if c] for group in conds
+        ]
         return executor(model, cropped, x, timestep, options, *a, **kw)
 
     def _within(self, cond: dict, window: Box, x: Tensor) -> dict | None:

@@ -25,8 +25,8 @@ def host(tmp_path_factory):
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import utils.extra_config  # noqa: F401  before nodes, or utils is found elsewhere
     import nodes
+    import utils.extra_config  # noqa: F401  before nodes, or utils is found elsewhere
 
     asyncio.run(nodes.init_builtin_extra_nodes())
     loaded = asyncio.run(nodes.load_custom_node(str(PACK)))

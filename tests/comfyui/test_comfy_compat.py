@@ -72,7 +72,14 @@ def test_every_kind_of_wrapper_passes(host, flux, plain):
     from comfy.patcher_extension import WrappersMP
 
     model, names = flux.clone(), []
-    for kind in ("OUTER_SAMPLE", "SAMPLER_SAMPLE", "PREDICT_NOISE", "CALC_COND_BATCH", "APPLY_MODEL", "DIFFUSION_MODEL"):
+    for kind in (
+        "OUTER_SAMPLE",
+        "SAMPLER_SAMPLE",
+        "PREDICT_NOISE",
+        "CALC_COND_BATCH",
+        "APPLY_MODEL",
+        "DIFFUSION_MODEL",
+    ):
 
         def wrapper(executor, *args, kind=kind, **kwargs):
             names.append(kind)
@@ -95,7 +102,7 @@ def test_post_input_patches_see_all_tokens(host, flux, plain):
     assert set(seen) == {8 * 4}
 
 
-@pytest.mark.parametrize("method", ["offset", "index", "index_timestep_zero"])
+@pytest.mark.parametrize("method", ["offset", "index", "uxo"])
 def test_reference_latents(host, flux, plain, method):
     """Kontext: the reference is seen whole by every block; at one block as in KSampler."""
     reference = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -105,6 +112,24 @@ def test_reference_latents(host, flux, plain, method):
     assert torch.equal(host.ours(flux, latent, prompts=prompts), host.stock(flux, latent, prompts=prompts))
     out = host.ours(flux, latent, prompts=prompts, **RUN)
     assert out.isfinite().all() and not torch.equal(out, plain)
+
+
+def test_references_told_noise_level_0(host):
+    """Flux 2's index_timestep_zero: the reference keeps level 0 while the blocks roll."""
+    import comfy.supported_models
+
+    if not hasattr(comfy.supported_models, "Flux2"):
+        pytest.skip("this ComfyUI has no Flux 2")
+    model = host.tiny.flux2()
+    reference = torch.randn(1, 128, 4, 4, generator=torch.Generator().manual_seed(2))
+    outs = []
+    for method in ("index_timestep_zero", "index"):
+        options = {"reference_latents": [reference], "reference_latents_method": method}
+        prompts = host.tiny.conditioning(1, **options), host.tiny.conditioning(2, **options)
+        latent = host.tiny.latent(8, 4, 128)
+        assert torch.equal(host.ours(model, latent, prompts=prompts), host.stock(model, latent, prompts=prompts))
+        outs.append(host.ours(model, latent, prompts=prompts, window=4, overlap=2))
+    assert all(out.isfinite().all() for out in outs) and not torch.equal(*outs)
 
 
 def test_inpaint_models_get_their_latents(host):

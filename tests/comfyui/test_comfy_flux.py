@@ -133,10 +133,10 @@ def test_persistence_0_costs_nothing_and_1_costs_a_commit_each(host, flux):
 
 def test_persistence_lookahead_cap_and_context_noise_act(host, flux):
     latent = host.tiny.latent(24, 8)
-    run = dict(window=8, overlap=4, draft=0)
+    run = {"window": 8, "overlap": 4, "draft": 0}
     base = host.ours(flux, latent, persistence=1.0, **run)
-    for change in (dict(persistence=0.5), dict(persistence=0.0), dict(persistence=1.0, lookahead=0),
-                   dict(persistence=1.0, memory_cap=8), dict(persistence=1.0, context_noise=0.2)):  # fmt: skip
+    for change in ({"persistence": 0.5}, {"persistence": 0.0}, {"persistence": 1.0, "lookahead": 0},
+                   {"persistence": 1.0, "memory_cap": 8}, {"persistence": 1.0, "context_noise": 0.2}):  # fmt: skip
         assert not torch.equal(host.ours(flux, latent, **run, **change), base), change
 
 
@@ -147,7 +147,9 @@ def test_preview_grows_in_order_and_progress_counts_calls(host, flux, monkeypatc
     seen = []
 
     def callback(model, steps, out=None):
-        return lambda step, x0, x, total: seen.append((step, (x0[0].abs().sum((0, 2)) > 0).nonzero().max().item(), total))
+        return lambda step, x0, x, total: seen.append(
+            (step, (x0[0].abs().sum((0, 2)) > 0).nonzero().max().item(), total)
+        )
 
     monkeypatch.setattr(latent_preview, "prepare_callback", callback)
     model, calls = host.calls(flux)

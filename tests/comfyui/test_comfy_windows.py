@@ -1,5 +1,7 @@
 """Models with one noise level a call: windows, what fills them, and persistence."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -51,11 +53,11 @@ def test_persistence_pulls_towards_the_context(host, sd):
 
 def test_persistence_acts_in_the_model(host, sd):
     latent = host.tiny.latent(16, 8, 4)
-    run = dict(window=8, overlap=4, draft=0)
+    run = {"window": 8, "overlap": 4, "draft": 0}
     outs = [host.ours(sd, latent, persistence=p, **run) for p in (0.0, 0.3, 0.6, 1.0)]
     first = [o[..., :4, :] for o in outs]
     assert all(torch.equal(f, first[0]) for f in first)  # nothing came before the first block
-    assert all(not torch.equal(a[..., 4:, :], b[..., 4:, :]) for a, b in zip(outs, outs[1:]))
+    assert all(not torch.equal(a[..., 4:, :], b[..., 4:, :]) for a, b in itertools.pairwise(outs))
 
 
 class Hint:
@@ -75,7 +77,9 @@ class Hint:
 
                 size = x.shape[-1] * 8, x.shape[-2] * 8
                 if self.cond_hint is None or self.cond_hint.shape[-2:] != size[::-1]:
-                    self.cond_hint = comfy.utils.common_upscale(self.cond_hint_original, *size, "nearest-exact", "center")
+                    self.cond_hint = comfy.utils.common_upscale(
+                        self.cond_hint_original, *size, "nearest-exact", "center"
+                    )
                 self.seen.append((tuple(x.shape[-2:]), self.cond_hint.clone()))
                 return None
 
@@ -136,7 +140,9 @@ def test_foreign_flux_falls_back_with_a_line(host, caplog):
             super().__init__()
             self.inner, self.dtype, self.patch_size = inner, inner.dtype, inner.patch_size
 
-        def forward(self, x, timestep, context, y=None, guidance=None, control=None, transformer_options=None, **kwargs):
+        def forward(
+            self, x, timestep, context, y=None, guidance=None, control=None, transformer_options=None, **kwargs
+        ):
             return self.inner(x, timestep, context, y, guidance, None, control, {}, **kwargs)
 
     inner = model.model.diffusion_model
