@@ -1,1 +1,7 @@
-"""The diffusers-style pipeline."""
+"""The diffusers pipeline: FluxPipeline with an order, a rolling window and memory."""
+
+from .card import Card
+from .flux import RollingFluxPipeline
+from .schedulers import SAMPLERS, SPACINGS
+
+__all__ = ["SAMPLERS", "SPACINGS", "Card", "RollingFluxPipeline"]
