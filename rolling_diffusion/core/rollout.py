@@ -52,6 +52,7 @@ def rollout(
     seed: int | None = 0,
     options: Options | Callable[[Block], Options] | None = None,
     callback: Callable[[Frame], object] | None = None,
+    calls: Sequence[int] | None = None,
 ) -> Iterator[tuple[Block, Tensor]]:
     """Yields (block, x) as each block reaches the last sigma. Holds no more than the visible blocks (a draft: all).
 
@@ -60,9 +61,12 @@ def rollout(
     seed: each block draws from (seed, block), and finds that seed in extra_args["seed"], where ComfyUI's samplers look.
     options: keyword arguments of the sampler, or a function of the block that gives them.
     callback: called with a Frame in each tick, when the model has answered.
+    calls: the sampler's model calls before each step, and in all: range(S + 1) for one a step. If it is not given and
+    a draft or a callback needs it, the sampler is run once on zeros, with the first block's options, to count them.
 
     One block, or lag 0, is the plain sampler, bit for bit: one cohort over the whole canvas, whose requests are split
-    into the plan's blocks. It draws as after torch.manual_seed(seed); with None, from the caller's random state.
+    into the plan's blocks. It draws as after torch.manual_seed(seed). With seed None it draws from the caller's random
+    state, as the plain sampler does, and several blocks draw their seed from there.
 
     ValueError for what does not fit together; FloatingPointError if the model answers NaN or infinity. However the
     rollout ends, no cohort is left alive, and grad mode and random state are as they were.
@@ -74,17 +78,18 @@ def rollout(
         raise ValueError(f"sigmas must be finite, never rise and end at 0 or above, unlike {sigmas.tolist()}")
     if not plan.alone and isinstance(options, Mapping) and "noise_sampler" in options:
         raise ValueError("one noise_sampler cannot serve several blocks: give options as a function of the block")
-    return _Rollout(plan, denoiser, sampler, sigmas, noise, seed, options or {}, callback).roll()
+    if calls is not None and (len(calls) != plan.steps + 1 or list(calls) != sorted(calls)):
+        raise ValueError(f"calls must be {plan.steps + 1} rising numbers for {plan.steps} steps, unlike {list(calls)}")
+    return _Rollout(plan, denoiser, sampler, sigmas, noise, seed, options or {}, callback, calls).roll()
 
 
 class _Rollout:
-    def __init__(
-        self, plan: Plan, denoiser: Denoiser, sampler: Sampler, sigmas: Tensor, noise, seed, options, callback
-    ):
-        self.plan, self.denoiser, self.sampler, self.sigmas = plan, denoiser, sampler, sigmas
+    def __init__(self, plan: Plan, denoiser: Denoiser, sampler: Sampler, sigmas, noise, seed, options, callback, calls):
+        self.plan, self.denoiser, self.sampler = plan, denoiser, sampler
+        self.sigmas: Tensor = sigmas
         self.noise: Callable[[Block], Tensor] = noise
         self.options: Callable[[Block], Options] = (lambda _: options) if isinstance(options, Mapping) else options
-        self.callback = callback
+        self.callback, self.calls = callback, calls
         self.seed = int(torch.randint(2**62, ())) if seed is None and not plan.alone else seed
         self.leftover = bool(sigmas[-1] > 0)
         self.count = 1 if plan.alone else len(plan.blocks)  # cohorts in all
@@ -116,11 +121,12 @@ class _Rollout:
 
     def rehearse(self) -> int:
         """Model calls of the draft; counts the ticks in all, too."""
-        plan = self.plan
+        plan, calls = self.plan, self.calls
         if self.callback is None and (plan.alone or not plan.draft):
             return 0
-        x, options, _ = self.ingredients(0)
-        calls = rehearse(self.sampler, x, self.sigmas, options, self.denoiser)
+        if calls is None:
+            x, options, _ = self.ingredients(0)
+            calls = rehearse(self.sampler, x, self.sigmas, options, self.denoiser)
         draft = 0 if plan.alone else calls[plan.draft]
         run = calls[-1] - draft
         self.total = plan.start(self.count - 1, draft, run) + run
