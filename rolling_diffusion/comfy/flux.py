@@ -52,7 +52,7 @@ class Call:
 
 
 class FluxDenoiser(Canvas):
-    """The core's denoiser over ComfyUI's Flux: x0 = x - sigma_block * v, text at the largest noise level of the call."""
+    """The core's denoiser over ComfyUI's Flux: x0 = x - sigma_block * v; text takes the largest noise level."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class FluxDenoiser(Canvas):
     # --- one call ---------------------------------------------------------------------------------------------------
 
     def _joint(self, blocks: list[Block], sigmas: list[float], store: str | None) -> Tensor:
-        # Conditionings look at the guider's sigma, and some guidance divides by it: a clean block is called the last step.
+        # Conditionings look at the guider's sigma, and some guidance divides by it: never 0.
         largest = max(max(sigmas), float(self.sampling.sigma_min))
         self.call = Call(blocks, sigmas, largest, store)
         try:

@@ -1,0 +1,145 @@
+"""The pack in a running ComfyUI: the example workflows, bad values, help pages, cancel."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+PACK = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted(path.stem for path in (PACK / "example_workflows").glob("*.json"))
+NODES = ("AutoregressiveRollingDiffusionSampler", "FluxDevAutoRegressiveRollingDiffusionSampler", "RollingSampler",
+         "LoadEmbeddedRollingModel", "RollingPlanPreview")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    import os
+
+    if not os.environ.get("COMFYUI_PATH"):
+        pytest.skip("COMFYUI_PATH is not set: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI")
+    sys.path.insert(0, str(Path(__file__).parent))
+    from server import Server
+
+    server = Server(tmp_path_factory.mktemp("server"), os.environ["COMFYUI_PATH"])
+    yield server
+    server.stop()
+
+
+def workflow(server, name):
+    return server.api(json.loads((PACK / "example_workflows" / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def pictures(server, entry):
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    files = [image for output in entry["outputs"].values() for image in output.get("images", [])]
+    return [Image.open(io.BytesIO(server.get(f"/view?filename={f['filename']}&subfolder={f['subfolder']}&type={f['type']}")))
+            for f in files]  # fmt: skip
+
+
+def test_the_nodes_are_there_with_the_mandated_inputs(server):
+    info = {name: server.get(f"/object_info/{name}")[name] for name in NODES}
+    ours = info[NODES[0]]["input"]["required"]
+    assert list(ours) == ["model", "positive", "negative", "latent_image", "seed", "steps", "cfg", "sampler_name",
+                          "scheduler", "denoise", "autoregressive_order", "rolling_window_size", "rolling_overlap",
+                          "attention_persistence"]  # fmt: skip
+    defaults = {name: spec[1]["default"] for name, spec in ours.items() if "default" in spec[1]}
+    assert defaults == {"seed": 0, "steps": 20, "cfg": 7.0, "denoise": 1.0, "autoregressive_order": "top-to-bottom",
+                        "rolling_window_size": 64, "rolling_overlap": 16, "attention_persistence": 0.5}  # fmt: skip
+    assert ours["autoregressive_order"][0] == ["top-to-bottom", "left-to-right", "spiral-out"]
+    assert (
+        ours["sampler_name"][0]
+        == server.get("/object_info/KSampler")["KSampler"]["input"]["required"]["sampler_name"][0]
+    )
+    for node in info.values():
+        for inputs in node["input"].values():
+            assert all(spec[1].get("tooltip") for spec in inputs.values() if len(spec) > 1)
+
+
+def test_help_pages_locales_and_workflows_are_served(server):
+    for name in NODES:
+        page = server.get(f"/extensions/autoregressive-rolling-diffusion/docs/{name}.md")
+        assert page.startswith(b"# ")
+    translations = server.get("/i18n")
+    for language in ("en", "zh", "ja"):
+        known = translations[language]["nodeDefs"]
+        for name in NODES:
+            spec = server.get(f"/object_info/{name}")[name]["input"]
+            inputs = {**spec.get("required", {}), **spec.get("optional", {})}
+            assert set(known[name].get("inputs", {})) == set(inputs), (language, name)
+    templates = server.get("/workflow_templates")["autoregressive-rolling-diffusion"]
+    assert sorted(templates) == WORKFLOWS
+
+
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name != "advanced"])
+def test_example_workflows_end_with_a_picture(server, name):
+    prompt = workflow(server, name)
+    for node in prompt.values():  # fewer steps: the tests share a machine
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = 20 if server.real else 3
+    if name == "img2img":
+        Image.new("RGB", (64, 48), (90, 140, 210)).save(server.base / "input" / "example.png")
+    images = pictures(server, server.run(prompt))
+    assert len(images) == (2 if name == "custom_sampler" else 1)
+    assert all(len(image.convert("RGB").getcolors(1 << 24)) > 50 for image in images)
+    expected = {"tall_canvas": (256, 768)}.get(name, (256, 256))
+    assert expected in [image.size for image in images]
+
+
+BAD = [
+    ({"rolling_overlap": 64}, r"rolling_overlap \(64\) must be below rolling_window_size \(64\)"),
+    ({"rolling_window_size": 8}, r"rolling_window_size is 8 cells, and must be from 16 to 512"),
+    ({"rolling_overlap": 13}, r"rolling_overlap is 13 cells, and must be even"),
+    ({"sampler_name": "dpm_adaptive"}, "dpm_adaptive chooses its own noise levels"),
+    ({"sampler_name": "eular"}, "unknown sampler 'eular': choose one of euler"),
+    ({"draft": 20}, r"draft \(20\) must be below steps \(20\)"),
+    ({"steps": 0}, "steps is 0, and must be from 1"),
+    ({"autoregressive_order": "sideways"}, "sideways"),
+    ({"attention_persistence": 1.5}, "1.5|max"),
+]
+
+
+@pytest.mark.parametrize("change, sentence", BAD)
+def test_bad_values_get_a_red_node_and_a_sentence_before_anything_runs(server, change, sentence):
+    import re
+
+    prompt = workflow(server, "tall_canvas")
+    [(number, node)] = [(k, n) for k, n in prompt.items() if n["class_type"] == NODES[0]]
+    node["inputs"].update(change)
+    status, answer = server.post("/prompt", {"prompt": prompt})
+    assert status == 400 and number in answer["node_errors"]
+    errors = answer["node_errors"][number]["errors"]  # ComfyUI repeats it for each input that a check looks at
+    assert len({error["message"] for error in errors}) == 1
+    assert all(re.search(sentence, f"{error['message']} {error['details']}") for error in errors), errors
+
+
+def test_cancel_over_http(server):
+    import time
+
+    prompt = workflow(server, "tall_canvas")
+    for node in prompt.values():
+        if "steps" in node["inputs"]:
+            node["inputs"].update(steps=500, seed=77)
+    _, answer = server.post("/prompt", {"prompt": prompt})
+    time.sleep(3)
+    server.post("/interrupt", {})
+    for _ in range(120):
+        history = server.get(f"/history/{answer['prompt_id']}")
+        if history:
+            break
+        time.sleep(0.25)
+    messages = [message[0] for message in history[answer["prompt_id"]]["status"]["messages"]]
+    assert "execution_interrupted" in messages
+    assert server.get("/queue")["queue_running"] == []
+
+
+def test_import_is_quick_and_pulls_in_no_diffusers(server):
+    """In ComfyUI's own log: seconds of the pack's import; diffusers comes with the Flux-Dev node's first run only."""
+    lines = [
+        line for line in server.text().splitlines() if "seconds" in line and "autoregressive-rolling-diffusion" in line
+    ]
+    assert float(lines[0].split("seconds")[0].split()[-1]) < 3  # a second on a machine that has nothing else to do
+    sources = [p.read_text(encoding="utf-8") for p in (PACK / "rolling_diffusion" / "comfy").glob("*.py")]
+    assert not any(line.startswith(("import diffusers", "from diffusers")) for s in sources for line in s.splitlines())
