@@ -38,14 +38,14 @@ def run(
     torch.manual_seed(seed)
     vae = new_vae(pictures(np.random.default_rng(seed), 400))
     encoders = train_text(work / "text.safetensors", text_steps, seed=seed, log=log)
-    transformer: nn.Module = new_transformer(seed)
-    transformer.to(device)
+    transformer = new_transformer(seed)
+    nn.Module.to(transformer, device)
     for number, (stage, minutes) in enumerate({"uniform": uniform_minutes, "rolling": rolling_minutes}.items(), 1):
         if minutes:
             source = Source(linear_encoder(vae), encoders, seed + number, device)
             path = work / f"{stage}.safetensors"
             train(transformer, source, path, stage, minutes, rate=2e-3 if number == 1 else 1e-3, log=log)
     train_decoder(vae, work / "decoder.safetensors", decoder_steps, seed=seed, log=log)
-    transformer.to("cpu")
+    nn.Module.to(transformer, "cpu")
     export(folder, transformer, *encoders, vae, rolling=rolling_minutes > 0)
     log(f"The model is in {folder}")

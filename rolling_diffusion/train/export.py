@@ -1,0 +1,92 @@
+"""Writes the embedded model as a diffusers folder: FluxPipeline's parts, with a card; safetensors and JSON only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from .text import CLIP_IDS, LENGTH, T5_IDS
+
+CARD = {
+    "trained": True,
+    "draft": 0.0,
+    "size": 256,
+    "steps": 20,
+    "cfg": 4.0,
+    "max_sequence_length": LENGTH,
+    "window": None,
+    "native_tokens": 1024,
+}
+SHIFT = 2.0  # of the noise levels, towards noise
+
+
+def word_tokenizer(ids: dict[str, int], start: str | None, end: str, pad: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are words: lower case, letters only, <unk> for words it does not know."""
+    tokenizer: Any = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z]+"), " "), normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [(token, ids[token]) for token in (start, end) if token]
+    template = f"{start} $A {end}" if start else f"$A {end}"
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    names = {"unk_token": "<unk>", "pad_token": pad, "eos_token": end, **({"bos_token": start} if start else {})}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=LENGTH, **names)
+
+
+def tokenizers() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    """CLIP's and T5's, which give the ids of `text.clip_tokens` and `text.t5_tokens`."""
+    end = "<|endoftext|>"
+    return word_tokenizer(CLIP_IDS, "<|startoftext|>", end, end), word_tokenizer(T5_IDS, None, "</s>", "<pad>")
+
+
+def export(folder: Path, transformer: Any, t5: Any, clip: Any, vae: Any, *, rolling: bool) -> None:
+    """Replaces the folder. rolling: whether the model saw staggered noise; one that did not gets the stock defaults.
+
+    The transformer is stored in bfloat16, the rest in float32: the model is small, and the decoder shows every bit.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    halved = nn.Module.to(transformer, torch.bfloat16)
+    halved.save_pretrained(partial / "transformer")
+    nn.Module.to(transformer, torch.float32)
+    t5.save_pretrained(partial / "text_encoder_2")
+    clip.save_pretrained(partial / "text_encoder")
+    vae.save_pretrained(partial / "vae")
+    FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(partial / "scheduler")
+    for name, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers()):
+        tokenizer.save_pretrained(partial / name)
+        # Releases of transformers name this class differently; all of them know the older name.
+        _edit(partial / name / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    _edit(partial / "transformer" / "config.json", _class_name="FluxTransformer2DModel")
+    _edit(partial / "vae" / "config.json", block_out_channels=None)
+    card = CARD if rolling else {k: v for k, v in CARD.items() if k not in ("trained", "draft")}
+    index = {
+        "_class_name": "FluxPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "tokenizer_2": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderTiny"],
+        "rolling": card,
+    }
+    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    """Changes entries of a JSON file; None removes one."""
+    entries = json.loads(path.read_text(encoding="utf-8")) | changes
+    entries = {k: v for k, v in entries.items() if v is not None}
+    path.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
