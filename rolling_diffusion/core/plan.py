@@ -279,8 +279,7 @@ def make_plan(
         lag = run
     if not isinstance(lag, int) or not 0 <= lag <= run:
         raise ValueError(f'lag is {lag!r}, and must be from 0 to {run} (steps - draft), "autoregressive", or None')
-    plan = Plan(height, width, steps, order, window, overlap, draft, lookahead, seed, lag, multiple, persistence)
-    return plan
+    return Plan(height, width, steps, order, window, overlap, draft, lookahead, seed, lag, multiple, persistence)
 
 
 def _lag(run: int, window: int, overlap: int, axes: int) -> int:
