@@ -83,8 +83,8 @@ class FluxDevAutoRegressiveRollingDiffusionSampler:
     RETURN_NAMES = ("latent", "image")
     OUTPUT_TOOLTIPS = ("The latent, for VAE Decode with the Flux VAE.", "The finished picture.")
     DESCRIPTION = (
-        "From a prompt to a picture with FLUX.1-dev, generated in an order. Finds the weights in ComfyUI's model folders or "
-        "the Hugging Face cache. The embedded model runs at once, on any machine."
+        "From a prompt to a picture with FLUX.1-dev, generated in an order. Finds the weights in ComfyUI's model "
+        "folders or the Hugging Face cache. The embedded model runs at once, on any machine."
     )
     SEARCH_ALIASES = ("flux", "flux-dev", "autoregressive", "rolling", "text to image")
 
@@ -123,9 +123,9 @@ class FluxDevAutoRegressiveRollingDiffusionSampler:
     def VALIDATE_INPUTS(cls, rolling_window_size=None, rolling_overlap=None, draft=None, steps=None):
         return inputs.problem(rolling_window_size, rolling_overlap, None, draft, steps, most_steps=100) or True
 
-    def sample(self, prompt, negative_prompt, width, height, seed, steps, cfg, autoregressive_order, rolling_window_size,
-               rolling_overlap, attention_persistence, enable_cpu_offload, model=FLUX_DEV, draft=-1, lookahead=-1,
-               context_noise=0.0, memory_cap=0):  # fmt: skip
+    def sample(self, prompt, negative_prompt, width, height, seed, steps, cfg, autoregressive_order,
+               rolling_window_size, rolling_overlap, attention_persistence, enable_cpu_offload, model=FLUX_DEV,
+               draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0):  # fmt: skip
         found = _embedded() if model == EMBEDDED else find_flux_dev()
         pipeline = self._pipeline(found, enable_cpu_offload == "True")
         try:

@@ -17,14 +17,15 @@ ORDER: Any = (list(FIRST), {
 EVERY_ORDER: Any = ([*FIRST, *(name for name in ORDERS if name not in FIRST)], ORDER[1])
 WINDOW: Any = ("INT", {
     "default": 64, "min": 16, "max": 512, "step": 16,
-    "tooltip": "Cells (of 8×8 pixels) that are denoised at a time. A window that covers the canvas is ordinary sampling."})  # fmt: skip
+    "tooltip": "Cells (of 8×8 pixels) that are denoised at a time. A window that covers the canvas is ordinary "
+    "sampling."})  # fmt: skip
 OVERLAP: Any = ("INT", {
     "default": 16, "min": 0, "max": 256, "step": 8,
     "tooltip": "Cells that the window keeps when it moves on: it advances by size minus overlap. More overlap, smaller "
     "blocks and a smoother ramp of noise. Must be below the window size."})  # fmt: skip
 PERSISTENCE: Any = ("FLOAT", {
     "default": 0.5, "min": 0.0, "max": 1.0, "step": 0.05,
-    "tooltip": "How much weight finished blocks keep, per block of distance: 1 remembers everything, 0 nothing."})  # fmt: skip
+    "tooltip": "How much weight finished blocks keep, per block of distance: 1 remembers all, 0 nothing."})  # fmt: skip
 EXTRAS: dict[str, Any] = {
     "draft": ("INT", {
         "default": -1, "min": -1, "max": 9999,
@@ -35,7 +36,8 @@ EXTRAS: dict[str, Any] = {
         "tooltip": "Cells ahead that blocks still waiting are attended to (Flux). -1 is the whole canvas, 0 none."}),
     "context_noise": ("FLOAT", {
         "default": 0.0, "min": 0.0, "max": 0.5, "step": 0.01,
-        "tooltip": "Noise level at which finished blocks are remembered (Flux). A little (0.01) can steady long canvases."}),
+        "tooltip": "Noise level at which finished blocks are remembered (Flux). A little (0.01) can steady long "
+        "canvases."}),
     "memory_cap": ("INT", {
         "default": 0, "min": 0, "max": 1048576, "step": 256,
         "tooltip": "Most tokens that memory holds (Flux). 0 is no cap. FLUX.1-dev needs 0.7 MB a token in bf16."}),

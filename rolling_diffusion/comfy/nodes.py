@@ -25,8 +25,9 @@ class AutoregressiveRollingDiffusionSampler:
     RETURN_TYPES = ("LATENT",)
     OUTPUT_TOOLTIPS = ("The denoised latent.",)
     DESCRIPTION = (
-        "KSampler that generates the picture in an order: finished blocks are remembered and attended to, and a rolling "
-        "window of blocks at increasing noise moves over the canvas. A window that covers the canvas gives KSampler's result."
+        "KSampler that generates the picture in an order: finished blocks are remembered and attended to, and a "
+        "rolling window of blocks at increasing noise moves over the canvas. A window that covers the canvas gives "
+        "KSampler's result."
     )
     SEARCH_ALIASES = ("autoregressive", "rolling", "ksampler", "block", "spiral")
 
@@ -41,10 +42,10 @@ class AutoregressiveRollingDiffusionSampler:
                 "seed": inputs.SEED,
                 "steps": ("INT", {"default": 20, "min": 1, "max": 10000, "tooltip": "Steps that every block takes."}),
                 "cfg": ("FLOAT", {"default": 7.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01,
-                                  "tooltip": "Classifier-free guidance. FLUX.1-dev is distilled: leave it at 1 there."}),
+                                  "tooltip": "Classifier-free guidance. For FLUX.1-dev, which is distilled, 1."}),
                 "sampler_name": (comfy.samplers.KSampler.SAMPLERS, {
                     "tooltip": f"ComfyUI's own sampler, run once per block. Not {', '.join(ADAPTIVE)}."}),
-                "scheduler": (comfy.samplers.KSampler.SCHEDULERS, {"tooltip": "The noise levels that every block passes."}),
+                "scheduler": (comfy.samplers.KSampler.SCHEDULERS, {"tooltip": "Noise levels that every block passes."}),
                 "denoise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01,
                                       "tooltip": "How much of the latent is denoised; below 1 keeps its structure."}),
                 "autoregressive_order": inputs.ORDER,
@@ -120,8 +121,9 @@ class RollingSampler:
 
     def wrap(self, sampler, autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
              draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0):  # fmt: skip
-        return (Rolling(sampler, Settings(autoregressive_order, rolling_window_size, rolling_overlap,
-                                          attention_persistence, draft, lookahead, context_noise, memory_cap)),)  # fmt: skip
+        settings = Settings(autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
+                            draft, lookahead, context_noise, memory_cap)  # fmt: skip
+        return (Rolling(sampler, settings),)
 
 
 class LoadEmbeddedRollingModel:

@@ -134,7 +134,7 @@ class WindowDenoiser(Canvas):
         out = {**cond, "area": box}
         if "gligen" in cond:
             raise ValueError(
-                "GLIGEN boxes are placed on the whole canvas and cannot be cropped to a window: remove the GLIGEN node, "
+                "GLIGEN boxes are placed on the whole canvas and cannot be cropped to a window: remove the node, "
                 "or set rolling_window_size so that the window covers the canvas."
             )
         if cond.get("control") is not None:
@@ -165,7 +165,7 @@ class WindowDenoiser(Canvas):
             self.controls[key] = window
         return self.controls[key]
 
-    # --- attention persistence -----------------------------------------------------------------------------------------
+    # --- attention persistence ------------------------------------------------------------------------------------
 
     def _apply(self, executor: Any, x: Tensor, t: Tensor, concat: Any = None, context: Any = None, control: Any = None,
                transformer_options: dict | None = None, **kwargs: Any) -> Tensor:  # fmt: skip

@@ -59,8 +59,8 @@ class Host:
              order="top-to-bottom", window=64, overlap=16, persistence=0.5, **extras):  # fmt: skip
         positive, negative = prompts or self.prompts
         run = self.nodes["AutoregressiveRollingDiffusionSampler"]().sample
-        return run(model, positive, negative, latent, 5, steps, cfg, sampler, scheduler, denoise, order, window, overlap,
-                   persistence, **extras)[0]["samples"]  # fmt: skip
+        return run(model, positive, negative, latent, 5, steps, cfg, sampler, scheduler, denoise, order, window,
+                   overlap, persistence, **extras)[0]["samples"]  # fmt: skip
 
     def run(self, name, **inputs):
         """Any node's outputs, V1 or V3."""

@@ -35,8 +35,8 @@ def workflow(server, name):
 def pictures(server, entry):
     assert entry["status"]["status_str"] == "success", entry["status"]
     files = [image for output in entry["outputs"].values() for image in output.get("images", [])]
-    return [Image.open(io.BytesIO(server.get(f"/view?filename={f['filename']}&subfolder={f['subfolder']}&type={f['type']}")))
-            for f in files]  # fmt: skip
+    paths = [f"/view?filename={f['filename']}&subfolder={f['subfolder']}&type={f['type']}" for f in files]
+    return [Image.open(io.BytesIO(server.get(path))) for path in paths]
 
 
 def test_the_nodes_are_there_with_the_mandated_inputs(server):

@@ -36,7 +36,7 @@ def test_no_persistence_no_context_no_cost(host, sd):
 
 
 def test_persistence_pulls_towards_the_context(host, sd):
-    """In the block's self-attention, the weight on context is p times what it is at p = 1, relative to the block's own."""
+    """In self-attention the weight on context is p times what it is at p = 1, relative to the block's own."""
     windows = host.module("windows")
     q, k = (torch.randn(1, 128, 16, generator=torch.Generator().manual_seed(i)) for i in range(2))
     weights = torch.ones(16, 8)

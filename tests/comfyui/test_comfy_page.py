@@ -1,0 +1,117 @@
+"""The page itself, in headless Chromium against the real frontend. Skipped where selenium or Chromium is not there."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).resolve().parents[2]
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1600,1000",
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A browser on a running ComfyUI's page, ready to be used."""
+    if not os.environ.get("COMFYUI_PATH"):
+        pytest.skip("COMFYUI_PATH is not set: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("chromium and chromedriver are not installed")
+    sys.path.insert(0, str(Path(__file__).parent))
+    from server import Server
+
+    server = Server(tmp_path_factory.mktemp("page"), os.environ["COMFYUI_PATH"])
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    browser.set_script_timeout(120)
+    browser.server = server
+    try:
+        server.post("/api/settings", {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.0.0"})
+        browser.get(server.url)
+        wait(browser, "return !!(window.app && window.app.graph && window.LiteGraph.registered_node_types.KSampler)")
+        yield browser
+    finally:
+        browser.quit()
+        server.stop()
+
+
+def wait(browser, condition, seconds=120):
+    for _ in range(seconds * 4):
+        answer = browser.execute_script(condition)
+        if answer:
+            return answer
+        time.sleep(0.25)
+    raise TimeoutError(condition)
+
+
+def shot(browser, name):
+    folder = os.environ.get("ROLLING_SHOTS")
+    if folder:
+        browser.save_screenshot(f"{folder}/{name}.png")
+
+
+def test_widgets_show_the_defaults(page):
+    values = page.execute_script("""
+        window.app.graph.clear();
+        const node = window.LiteGraph.createNode('AutoregressiveRollingDiffusionSampler');
+        window.app.graph.add(node);
+        return Object.fromEntries(node.widgets.map(w => [w.name, w.value]));""")
+    expected = {"steps": 20, "cfg": 7, "denoise": 1, "autoregressive_order": "top-to-bottom", "rolling_window_size": 64,
+                "rolling_overlap": 16, "attention_persistence": 0.5, "draft": -1, "lookahead": -1}  # fmt: skip
+    assert {name: values[name] for name in expected} == expected
+
+
+def test_nodes_are_found_by_search(page):
+    """A double click on the canvas opens the search; typing finds the node."""
+    from selenium.webdriver import ActionChains, Keys
+
+    page.execute_script("window.app.graph.clear()")
+    canvas = page.find_element("css selector", "canvas#graph-canvas")
+    ActionChains(page).double_click(canvas).perform()
+    time.sleep(2)
+    ActionChains(page).send_keys("rolling").perform()
+    found = wait(page, "return document.body.innerText.includes('Rolling Plan Preview')", 30)
+    shot(page, "search")
+    assert found
+    ActionChains(page).send_keys(Keys.ESCAPE).perform()
+
+
+def test_a_workflow_queued_from_the_page_ends_with_a_picture(page):
+    workflow = json.loads((PACK / "example_workflows" / "tall_canvas.json").read_text(encoding="utf-8"))
+    for node in workflow["nodes"]:
+        if node["type"] == "AutoregressiveRollingDiffusionSampler":
+            node["widgets_values"][2] = 20 if page.server.real else 3
+    page.execute_async_script(
+        """const done = arguments[1];
+        window.app.loadGraphData(arguments[0]).then(() => window.app.queuePrompt(0, 1)).then(done)""",
+        workflow,
+    )
+    entry = None
+    for _ in range(600):
+        history = page.server.get("/history")
+        if history:
+            [entry] = history.values()
+            break
+        time.sleep(0.5)
+    assert entry and entry["status"]["status_str"] == "success", entry
+    assert any(output.get("images") for output in entry["outputs"].values())
+    wait(page, "return window.app.graph._nodes.some(n => n.type === 'SaveImage' && n.imgs && n.imgs.length)", 30)
+    time.sleep(1)
+    shot(page, "workflow")
