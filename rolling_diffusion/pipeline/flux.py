@@ -1,18 +1,16 @@
 """RollingFluxPipeline: diffusers' FluxPipeline with an order, a rolling window and memory."""
 
-from __future__ import annotations
-
+# Annotations are objects here, not strings: older releases of diffusers read those of __init__ as they are.
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.models import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from diffusers.utils import logging
-from diffusers.utils.torch_utils import get_module_execution_device
+from diffusers.utils import logging, torch_utils
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
@@ -48,7 +46,7 @@ class RollingFluxPipeline(FluxPipeline):
     def __init__(
         self,
         scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: Union[AutoencoderKL, AutoencoderTiny],  # noqa: UP007 (diffusers reads these)
+        vae: Union[AutoencoderKL, AutoencoderTiny],  # noqa: UP007
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         text_encoder_2: T5EncoderModel,
@@ -56,7 +54,7 @@ class RollingFluxPipeline(FluxPipeline):
         transformer: Union[FluxTransformer2DModel, RollingFluxTransformer2DModel],  # noqa: UP007
         image_encoder: CLIPVisionModelWithProjection = None,  # type: ignore
         feature_extractor: CLIPImageProcessor = None,  # type: ignore
-        rolling: dict[str, Any] | None = None,
+        rolling: Optional[dict] = None,  # noqa: UP045
     ):
         stock: Any = super().__init__
         stock(
@@ -285,7 +283,9 @@ class RollingFluxPipeline(FluxPipeline):
         if output_type == "latent":
             return pack(canvas)
         canvas = canvas / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        decoded = self.vae.decode(canvas.to(get_module_execution_device(self.vae)), return_dict=False)[0]
+        placed: Any = getattr(torch_utils, "get_module_execution_device", None)  # older releases need not move anything
+        canvas = canvas if placed is None else canvas.to(placed(self.vae))
+        decoded = self.vae.decode(canvas, return_dict=False)[0]
         return self.image_processor.postprocess(decoded, output_type=output_type)
 
     @torch.no_grad()

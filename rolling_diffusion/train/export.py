@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -59,7 +60,7 @@ def export(folder: Path, transformer: Any, t5: Any, clip: Any, vae: Any, *, roll
     halved.save_pretrained(partial / "transformer")
     nn.Module.to(transformer, torch.float32)
     t5.save_pretrained(partial / "text_encoder_2")
-    clip.save_pretrained(partial / "text_encoder")
+    _save_clip(clip, partial / "text_encoder")
     vae.save_pretrained(partial / "vae")
     FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(partial / "scheduler")
     for name, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers()):
@@ -83,6 +84,13 @@ def export(folder: Path, transformer: Any, t5: Any, clip: Any, vae: Any, *, roll
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def _save_clip(clip: Any, folder: Path) -> None:
+    """Saves CLIP under the names of its published checkpoints, which all releases of transformers read."""
+    clip.save_pretrained(folder)
+    weights = {f"text_model.{k.removeprefix('text_model.')}": v.contiguous() for k, v in clip.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def _edit(path: Path, **changes: Any) -> None:
