@@ -89,7 +89,7 @@ def test_example_workflows_end_with_a_picture(server, name):
 
 
 BAD = [
-    ({"rolling_overlap": 64}, r"rolling_overlap \(64\) must be below rolling_window_size \(64\)"),
+    ({"rolling_overlap": 64}, r"rolling_overlap \(64\) must be below rolling_window_size \(32\)"),
     ({"rolling_window_size": 8}, r"rolling_window_size is 8 cells, and must be from 16 to 512"),
     ({"rolling_overlap": 13}, r"rolling_overlap is 13 cells, and must be even"),
     ({"sampler_name": "dpm_adaptive"}, "dpm_adaptive chooses its own noise levels"),
