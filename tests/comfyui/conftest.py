@@ -25,8 +25,10 @@ def host(tmp_path_factory):
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import nodes
     import utils.extra_config  # noqa: F401  before nodes, or utils is found elsewhere
+
+    # isort: split
+    import nodes
 
     asyncio.run(nodes.init_builtin_extra_nodes())
     loaded = asyncio.run(nodes.load_custom_node(str(PACK)))
