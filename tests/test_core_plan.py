@@ -109,6 +109,16 @@ def test_what_comes_within_reach_is_stored_before_it_is_seen_and_once(plan):
     assert plan.waits or not stored
 
 
+def test_what_has_passed_is_forgotten():
+    arrivals = make_plan(4 * 10_000, 4, 2, window=8, overlap=4, lookahead=8).arrivals()
+    next(arrivals)
+    tracemalloc.start()
+    assert sum(map(len, arrivals)) == 10_000 - 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000
+
+
 def test_the_formula_in_numbers():
     plan = make_plan(128, 128, 20)
     assert (plan.size, len(plan.blocks), plan.lag, plan.ticks, plan.capacity) == (48, 3, 15, 50, 2)

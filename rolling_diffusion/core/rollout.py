@@ -141,10 +141,14 @@ class _Rollout:
         if self.callback is not None:
             self.callback(Frame(self.ticks, self.total, moving, tuple(estimates), self.preview))
         self.ticks += 1
+        self.answer(cohorts, estimates)
+
+    def answer(self, cohorts: Sequence[int], estimates: Sequence[Tensor]) -> None:
         answers = iter(estimates)
         for g in cohorts:
             blocks = self.blocks(g)
-            self.cohorts[g].resume(_join(blocks, [next(answers) for _ in blocks]))
+            x0 = _join(blocks, [next(answers) for _ in blocks])
+            self.cohorts[g].resume(x0)
 
     def start(self, g: int, arrivals: Sequence[int]) -> None:
         """Store the waiting blocks that come within reach; then block g leaves them."""
@@ -172,6 +176,7 @@ class _Rollout:
             if g not in self.cohorts:
                 x, options, seed = self.ingredients(g)
                 self.cohorts[g] = Cohort(self.sampler, x, self.sigmas, options, self.denoiser, seed)
+                self.cohorts[g].begin()
             request, grad = self.cohorts[g].request, self.cohorts[g].grad
             assert request is not None
             moving += [Moving(block, x, request[1]) for block, x in _split(self.blocks(g), request[0])]
@@ -191,7 +196,7 @@ class _Rollout:
             return x, options, self.seed
         seed = block_seed(self.seed, block)
         extra = {**(options.get("extra_args") or {}), "seed": seed}
-        return x.contiguous(), {**options, "extra_args": extra}, seed
+        return x, {**options, "extra_args": extra}, seed
 
 
 def _split(blocks: Sequence[Block], x: Tensor) -> list[tuple[Block, Tensor]]:
