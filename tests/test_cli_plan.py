@@ -47,8 +47,8 @@ def test_another_model_brings_its_own_habits(capsys):
 
 def test_a_canvas_beyond_the_models_own_looks_one_window_ahead(capsys):
     assert "waiting blocks: the whole canvas" in said(capsys)
-    assert "waiting blocks: 64 cells" in said(capsys, "--height", "1024")
-    assert "waiting blocks: the whole canvas" in said(capsys, "--height", "1024", "--lookahead", "all")
+    assert "waiting blocks: 128 cells" in said(capsys, "--height", "2048")
+    assert "waiting blocks: the whole canvas" in said(capsys, "--height", "2048", "--lookahead", "all")
     assert "waiting blocks: nothing" in said(capsys, "--lookahead", "0")
 
 

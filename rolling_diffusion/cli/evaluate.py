@@ -11,6 +11,7 @@ from .. import __version__
 from .arguments import Parser, name_in, whole_number
 from .files import check_target, save_json
 from .model import DTYPES, EMBEDDED, device_named, load, locate
+from .settings import check_side
 
 
 def add_options(parser: Parser) -> None:
@@ -22,6 +23,8 @@ def add_options(parser: Parser) -> None:
     add("--held-out", type=whole_number(0), default=0, metavar="N", help="more, of pairs never trained (default: 0)")
     add("--seed", type=whole_number(0), default=0, metavar="N", help="of the prompts (default: 0)")
     add("--steps", type=whole_number(1), metavar="N", help="(default: the model's own)")
+    add("--width", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
+    add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
     add("--study", action="store_true", help="more ways: each memory on and off, drafts, the text's noise level")
     add("--batch", type=whole_number(1), default=8, metavar="N", help="pictures at a time (default: 8)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -32,6 +35,10 @@ def add_options(parser: Parser) -> None:
 def run(values: argparse.Namespace) -> int:
     if values.json is not None:
         check_target(values.json)
+    common = {"num_inference_steps": values.steps, "width": values.width, "height": values.height}
+    common = {name: value for name, value in common.items() if value is not None}
+    for side in common.keys() & {"width", "height"}:
+        check_side(side, common[side])
     device = device_named(values.device)
     folder = locate(values.model)
     from tqdm import tqdm
@@ -41,7 +48,7 @@ def run(values: argparse.Namespace) -> int:
     pipeline = load(folder, device, values.dtype)
     ways = STUDY if values.study else WAYS
     started = time.perf_counter()
-    with tqdm(unit="picture", leave=False) as bar:
+    with tqdm(unit="picture", leave=False, disable=None) as bar:
 
         def progress(way: str, done: int, total: int) -> None:
             bar.total = total * len(ways)
@@ -55,13 +62,17 @@ def run(values: argparse.Namespace) -> int:
             ways=ways,
             held_out=values.held_out,
             batch=values.batch,
-            common={} if values.steps is None else {"num_inference_steps": values.steps},
+            common=common,
             progress=progress,
         )
     print(table(report))
     if values.json is not None:
-        about = {name: getattr(values, name) for name in ("model", "prompts", "held_out", "seed", "steps", "batch")}
-        about |= {"device": device, "dtype": str(pipeline.dtype).removeprefix("torch."), "version": __version__}
+        about = {name: getattr(values, name) for name in ("model", "prompts", "held_out", "seed", "batch")}
+        about |= common | {
+            "device": device,
+            "dtype": str(pipeline.dtype).removeprefix("torch."),
+            "version": __version__,
+        }
         about["seconds"] = round(time.perf_counter() - started, 1)
         save_json(values.json, {**report, "about": about})
         print(f"\n{values.json}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..pipeline import RollingFluxPipeline
 
 # As the pipeline names them; written down here, so that a misspelled one is found before diffusers is imported.
-SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "deis", "lcm")
+SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "lcm")
 SCHEDULERS = ("simple", "karras", "exponential", "beta")
 DEFAULTS: dict[str, Any] = {
     **PLAN_DEFAULTS,
@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "dtype": "auto",
 }
-MOST_FRAMES = 60  # of an animation; a longer run is sampled evenly
+MOST_FRAMES = 30  # of an animation; a longer run is sampled evenly
 
 
 def add_options(parser: Parser) -> None:
@@ -78,6 +78,7 @@ def run(values: argparse.Namespace) -> int:
     started = time.perf_counter()
     pipeline = load(folder, device, settings["dtype"])
     settings["dtype"] = str(pipeline.dtype).removeprefix("torch.")
+    settings["cfg"] = pipeline.card.cfg if settings["cfg"] is None else settings["cfg"]
     warn(pipeline, settings)
     loaded = time.perf_counter() - started
 
@@ -135,7 +136,7 @@ def draw(
     import torch
     from tqdm import tqdm
 
-    bar = tqdm(total=plan.ticks, unit="call", leave=False)
+    bar = tqdm(total=plan.ticks, unit="call", leave=False, disable=None)
 
     def on_frame(frame) -> None:
         bar.total = frame.total

@@ -32,7 +32,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; returns its exit code: 0, 2 after bad input, 130 after Ctrl-C."""
+    """Runs the program; returns its exit code: 0, 1 out of memory, 2 after bad input, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     if not argv:
@@ -45,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return values.run(values)
     except ValueError as error:
         return fail(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # named, not imported: most commands never need torch
+            raise
+        fail(str(error))
+        return 1
     except KeyboardInterrupt:
         print("rolling-diffusion: stopped", file=sys.stderr)
         return 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,10 +114,26 @@ def load(folder: str, device: str, dtype: str) -> RollingFluxPipeline:
     quiet()
     from ..pipeline import RollingFluxPipeline
 
-    read = RollingFluxPipeline.from_single_file if Path(folder).is_file() else RollingFluxPipeline.from_pretrained
-    pipeline = read(folder, torch_dtype=dtype_named(dtype, device))
+    path = Path(folder)
+    read = RollingFluxPipeline.from_single_file if path.is_file() else RollingFluxPipeline.from_pretrained
+    try:
+        with warnings.catch_warnings():
+            # Releases of diffusers disagree about the name: all of them take torch_dtype, and the newest warn.
+            warnings.simplefilter("ignore", FutureWarning)
+            pipeline = read(folder, torch_dtype=dtype_named(dtype, device))
+    except OSError as error:
+        raise ValueError(why_not_loaded(folder, error)) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def why_not_loaded(model: str, error: OSError) -> str:
+    """One sentence on what kept a model from being read, and what to do."""
+    if Path(model).exists():
+        return f"--model {model} could not be read as a Flux model: {' '.join(str(error).split())[:200]}"
+    if "gated" in str(error).lower() or "401" in str(error):
+        return f"--model {model} is gated: accept its licence on its page, then log in with hf auth login"
+    return f"--model {model} is neither on this machine nor to be had from the hub: check the name and the network"
 
 
 def quiet() -> None:

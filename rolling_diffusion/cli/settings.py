@@ -36,7 +36,7 @@ class Habits:
     size: int = 256
     steps: int = 20
     draft: float = 0.0
-    native_tokens: int = 256
+    native_tokens: int = 1024
     text_tokens: int = 32
 
 

@@ -1,0 +1,175 @@
+"""`generate`, `evaluate` and `train` with a real model: the embedded one's parts, untrained."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+from rolling_diffusion.cli import generate, main
+from rolling_diffusion.cli.files import read_settings
+from rolling_diffusion.cli.model import habits_of, why_not_loaded
+from rolling_diffusion.cli.settings import Habits
+from rolling_diffusion.core.plan import make_plan
+
+TINY = ("--width", "64", "--height", "64", "--steps", "3", "--device", "cpu")
+PROMPT = "a red house left of a blue boat"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model folder as training writes it."""
+    from rolling_diffusion.train.diffusion import new_transformer
+    from rolling_diffusion.train.export import export
+    from rolling_diffusion.train.text import new_encoders
+    from rolling_diffusion.train.vae import new_vae, pictures
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    vae = new_vae(pictures(np.random.default_rng(0), 12))
+    export(folder, new_transformer(0), *new_encoders(), vae, rolling=True)
+    return str(folder)
+
+
+@pytest.fixture()
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pixels(file) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_a_picture_can_be_made_again_from_itself(here, model, capsys):
+    said = ("--order", "spiral-out", "--seed", "5", "--persistence", "0.5", "--sampler", "dpmpp_2m", "--cfg", "2")
+    assert main(["generate", PROMPT, *TINY, *said, "--model", model, "-o", "one.png"]) == 0
+    assert main(["generate", "--from", "one.png", "-o", "two.png"]) == 0
+    assert pixels("one.png").shape == (64, 64, 3) and pixels("one.png").std() > 0
+    assert np.array_equal(pixels("one.png"), pixels("two.png"))
+    assert read_settings("one.png") == read_settings("two.png")
+    assert main(["generate", "--from", "one.png", "--seed", "6", "-o", "three.png"]) == 0
+    assert not np.array_equal(pixels("one.png"), pixels("three.png"))
+    assert sorted(f.name for f in here.iterdir()) == ["one.png", "three.png", "two.png"]
+    assert capsys.readouterr().out.split() == ["one.png", "two.png", "three.png"]
+
+
+def test_every_setting_is_in_the_picture_and_resolved(here, model):
+    main(["generate", PROMPT, *TINY, "--model", model, "-o", "one.png"])
+    settings = read_settings("one.png")
+    assert settings.keys() == generate.DEFAULTS.keys() | {"window", "overlap", "version"}
+    assert settings["dtype"] == "float32" and settings["cfg"] == 4.0 and settings["window"] == 4
+
+
+def test_each_picture_of_a_batch_can_be_made_alone(here, model):
+    main(["generate", PROMPT, *TINY, "--seed", "8", "--batch", "2", "--model", model])
+    name = "a-red-house-left-of-a-blue-boat-8"
+    assert sorted(f.name for f in here.iterdir()) == [f"{name}-1.png", f"{name}-2.png"]
+    main(["generate", PROMPT, *TINY, "--seed", "9", "--model", model, "-o", "alone.png"])
+    assert np.array_equal(pixels(f"{name}-2.png"), pixels("alone.png"))
+    assert not np.array_equal(pixels(f"{name}-1.png"), pixels("alone.png"))
+
+
+def test_the_animation_grows_in_order_and_ends_in_the_picture(here, model):
+    files = ("-o", "one.png", "--animation", "one.webp", "--report", "one.json")
+    lag = ("--lag", "autoregressive")
+    assert main(["generate", PROMPT, *TINY, *lag, "--model", model, *files]) == 0
+    with Image.open("one.webp") as image:
+        frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(image)]
+    assert np.abs(frames[-1] - pixels("one.png")).mean() < 8  # WebP is lossy
+    first, last = frames[0], frames[-1]
+    assert np.abs(frames[len(frames) // 2][:16] - last[:16]).mean() < np.abs(first[:16] - last[:16]).mean()
+    report = json.loads((here / "one.json").read_text())
+    plan = make_plan(8, 8, 3, window=4, overlap=2, lag="autoregressive")
+    assert report["cost"]["ticks"] == plan.ticks and report["plan"]["lag"] == 3
+    assert report["pictures"][0]["file"] == "one.png" and report["pictures"][0]["seconds"] > 0
+    assert report["settings"]["prompt"] == PROMPT
+
+
+def test_heun_s_plan_counts_its_ticks(here, model):
+    files = ("-o", "one.png", "--report", "one.json")
+    assert main(["generate", PROMPT, *TINY, "--sampler", "heun", "--model", model, *files]) == 0
+    assert json.loads((here / "one.json").read_text())["plan"]["steps"] == 5
+
+
+def test_the_progress_bar_names_the_block(here, model, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    main(["generate", PROMPT, *TINY, "--model", model, "-o", "one.png"])
+    assert "block 1 of 4" in screen.getvalue() and "block 4 of 4" in screen.getvalue()
+
+
+def test_unknown_words_are_warned_of_with_those_that_are_known(here, model, capsys):
+    assert main(["generate", "a Zebra on a red boat", *TINY, "--model", model, "-o", "one.png"]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert "does not know 'zebra'." in first
+    assert {"red", "boat", "kite"} <= set(second.split())
+    main(["generate", PROMPT, *TINY, "--model", model, "-o", "one.png"])
+    assert capsys.readouterr().err == ""
+
+
+def test_stopping_leaves_no_file(here, model, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "save_animation", stop)
+    monkeypatch.setattr(generate, "save_png", stop)
+    assert main(["generate", PROMPT, *TINY, "--model", model, "-o", "one.png"]) == 130
+    assert list(here.iterdir()) == []
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_the_defaults_are_the_embedded_models_card():
+    from rolling_diffusion.pipeline import SAMPLERS, SPACINGS
+    from rolling_diffusion.pipeline.card import Card
+    from rolling_diffusion.train.export import CARD
+
+    card = Card.of(CARD)
+    habits = Habits(card.size, card.steps, card.draft_steps(1000) / 1000, card.native_tokens, card.max_sequence_length)
+    assert habits == Habits()
+    assert (*SAMPLERS, *SPACINGS) == (*generate.SAMPLERS, *generate.SCHEDULERS)
+
+
+def test_a_folder_s_card_is_read(model):
+    assert habits_of(model, model) == Habits()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_a_file_that_is_no_checkpoint_is_one_sentence(here, capsys, content):
+    (here / "flux.safetensors").write_bytes(content)
+    assert main(["generate", PROMPT, *TINY, "--model", "flux.safetensors"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "flux.safetensors" in error
+
+
+def test_a_hub_model_out_of_reach_is_one_sentence():
+    gated = OSError("401 Client Error. Cannot access gated repo for url")
+    assert "accept its licence" in why_not_loaded("black-forest-labs/FLUX.1-dev", gated)
+    assert "the name and the network" in why_not_loaded("no/model", OSError("not fully cached locally"))
+
+
+def test_evaluate_prints_a_table_and_writes_its_numbers(here, model, capsys):
+    assert main(["evaluate", *TINY, "--model", model, "--prompts", "6", "--json", "scores.json"]) == 0
+    out = capsys.readouterr().out
+    scores = json.loads((here / "scores.json").read_text())
+    for way in ("full", "rolling", "autoregressive"):
+        assert 0 <= scores[way]["score"] <= 1 and len(scores[way]["interval"]) == 2
+        assert {"single object", "two objects", "counting", "colours", "position", "colour binding"} <= set(
+            scores[way]["tasks"]
+        )
+        row = next(line for line in out.splitlines() if line.startswith(f"| {way} "))
+        assert f"{scores[way]['score']:.3f}" in row
+    assert scores["about"]["prompts"] == 6 and scores["about"]["height"] == 64
+
+
+def test_train_refuses_what_it_cannot_do(here, capsys):
+    assert main(["train", "--uniform-minutes", "0", "--rolling-minutes", "0"]) == 2
+    (here / "file").touch()
+    assert main(["train", "--work", "file/x"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "nothing to train" in first and "cannot write to file/x" in second
