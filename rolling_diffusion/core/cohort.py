@@ -39,7 +39,8 @@ def block_seed(seed: int, block: Block) -> int:
 
 
 class Cohort:
-    """One call sampler(model, x, sigmas, **options), suspended at `request` = (x, sigma) until `resume(x0)`.
+    """One call sampler(model, x, sigmas, **options), from `begin()` on suspended at `request` = (x, sigma) until
+    `resume(x0)`.
 
     When the sampler returns, `request` is None and `result` is what it returned. Grad mode and random state inside are
     the cohort's own, so that interleaved cohorts neither see each other nor leave a trace outside; with seed None the
@@ -67,6 +68,14 @@ class Cohort:
         model = _Model(self, denoiser)
         self._greenlet = greenlet(lambda: sampler(model, x, sigmas, callback=self._mark, disable=True, **options))
         self._greenlet.gr_context = copy_context()
+
+    def begin(self) -> None:
+        """Runs until the first request.
+
+        Not part of __init__, and called from as deep as `resume`: a torch error takes a native backtrace, which walks
+        out of the greenlet into the frames of whoever began it. At another depth these are no longer there, and the
+        process would die of what should have been an exception.
+        """
         self._enter(self._greenlet.switch)
 
     def resume(self, x0: Tensor) -> None:
@@ -144,6 +153,7 @@ def rehearse(sampler: Sampler, x: Tensor, sigmas: Tensor, options: Mapping[str, 
         options = {**options, "noise_sampler": lambda sigma, sigma_next: torch.zeros_like(x)}
     cohort = Cohort(sampler, x, sigmas, options, denoiser, seed=0)
     try:
+        cohort.begin()
         while cohort.request is not None:
             cohort.resume(torch.zeros_like(x))
     finally:
