@@ -77,6 +77,7 @@ class Run:
             seed=None,
             options=self.options,
             callback=callback,
+            calls=range(self.plan.steps + 1),  # one a step; no rehearsal, which would fire `stepped`
         )
         try:
             for _ in blocks:
