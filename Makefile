@@ -61,7 +61,7 @@ COMFYUI_PYTHON ?= $(PY)
 test-comfyui: $(STAMP)
 	@test -f "$(COMFYUI_PATH)/main.py" || { \
 	  echo "COMFYUI_PATH must name a ComfyUI checkout: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI" >&2; exit 2; }
-	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFYUI_PYTHON) -m pytest -rs tests/comfyui
+	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFYUI_PYTHON) -m pytest -rs --confcutdir=tests/comfyui tests/comfyui
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
