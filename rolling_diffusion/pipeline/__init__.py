@@ -2,6 +2,7 @@
 
 from .card import Card
 from .flux import RollingFluxPipeline
+from .loading import load
 from .schedulers import SAMPLERS, SPACINGS
 
-__all__ = ["SAMPLERS", "SPACINGS", "Card", "RollingFluxPipeline"]
+__all__ = ["SAMPLERS", "SPACINGS", "Card", "RollingFluxPipeline", "load"]

@@ -44,7 +44,8 @@ def encode_prompts(
         shapes = [tuple(p.embeds.shape) for p in (prompt, negative) if p.embeds is not None]
         if len(set(shapes)) == 2:
             raise ValueError(
-                f"prompt_embeds {shapes[0]} and negative_prompt_embeds {shapes[1]} must have the same shape"
+                f"prompt_embeds {shapes[0]} and negative_prompt_embeds {shapes[1]} must have the same shape "
+                "when passed directly"
             )
         prompts.append(negative)
     return [
