@@ -17,6 +17,7 @@ from rolling_diffusion.train.diffusion import (
     train,
     uniform_loss,
 )
+from rolling_diffusion.train.export import export, parts
 from rolling_diffusion.train.text import LENGTH, clip_tokens, embed, lesson, new_encoders, t5_tokens, train_text
 from rolling_diffusion.train.vae import encode, linear_encoder, new_vae, pictures, train_decoder
 
@@ -125,3 +126,16 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path):
         write(path, {"a": "no tensor"}, step=2)  # type: ignore[dict-item]
     assert read(path)[1] == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_exported_model_can_be_trained_further(vae, tmp_path):
+    transformer, encoders = new_transformer(), new_encoders()
+    export(tmp_path / "model", transformer, *encoders, vae, rolling=True)
+    again_vae, (t5, clip), again = parts(tmp_path / "model")
+    assert torch.equal(again.x_embedder.weight, transformer.x_embedder.weight.bfloat16().float())
+    texts = ["a red ball", ""]
+    for one, two in zip(embed(*encoders, texts), embed(t5, clip, texts)):
+        assert torch.allclose(one, two, atol=1e-6)
+    assert torch.equal(linear_encoder(again_vae)[0], linear_encoder(vae)[0])
+    with pytest.raises(ValueError, match="holds no vae"):
+        parts(tmp_path)

@@ -15,6 +15,7 @@ def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add("-o", "--output", type=Path, default=Path("runs/model"), metavar="FOLDER", help="(default: runs/model)")
     add("--work", type=Path, default=Path("runs/train"), metavar="FOLDER", help="checkpoints (default: runs/train)")
+    add("--start", type=Path, metavar="FOLDER", help="a trained model to train further (default: from nothing)")
     for stage, minutes in MINUTES.items():
         add(f"--{stage}-minutes", type=decimal(0), default=minutes, metavar="N", help=f"(default: {minutes:g})")
     for stage, steps in STAGES.items():
@@ -38,6 +39,7 @@ def run(values: argparse.Namespace) -> int:
         rolling_minutes=values.rolling_minutes,
         text_steps=values.text_steps,
         decoder_steps=values.decoder_steps,
+        start=values.start,
         device=device_named(values.device),
         seed=values.seed,
     )

@@ -17,6 +17,7 @@ def run(
     rolling_minutes: float = MINUTES["rolling"],
     text_steps: int = STAGES["text"],
     decoder_steps: int = STAGES["decoder"],
+    start: Path | None = None,
     device: str = "cpu",
     seed: int = 0,
     log: Callable[[str], object] = print,
@@ -25,20 +26,24 @@ def run(
 
     The stages: text encoders, then the transformer on uniform noise and on the states of rolling, then the decoder,
     which nothing else waits for. With rolling_minutes 0 the folder holds a model that never saw staggered noise.
+    start: a model folder made earlier; its weights are trained further, and its text encoders kept as they are.
     """
     import numpy as np
     import torch
     from torch import nn
 
     from .diffusion import Source, new_transformer, train
-    from .export import export
+    from .export import export, parts
     from .text import train_text
     from .vae import linear_encoder, new_vae, pictures, train_decoder
 
     torch.manual_seed(seed)
-    vae = new_vae(pictures(np.random.default_rng(seed), 400))
-    encoders = train_text(work / "text.safetensors", text_steps, seed=seed, log=log)
-    transformer = new_transformer(seed)
+    if start is None:
+        vae = new_vae(pictures(np.random.default_rng(seed), 400))
+        encoders = train_text(work / "text.safetensors", text_steps, seed=seed, log=log)
+        transformer = new_transformer(seed)
+    else:
+        vae, encoders, transformer = parts(start)
     nn.Module.to(transformer, device)
     for number, (stage, minutes) in enumerate({"uniform": uniform_minutes, "rolling": rolling_minutes}.items(), 1):
         if minutes:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core.memory import View
 from ..core.order import ORDERS
 from ..core.plan import make_plan
-from ..models import RollingFluxTransformer2DModel
+from ..models.flux import RollingFluxTransformer2DModel
 from ..world.caption import caption
 from ..world.render import render
 from ..world.scene import random_scene

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
+from ..models.flux import RollingFluxTransformer2DModel
 from .text import CLIP_IDS, LENGTH, T5_IDS
 
 CARD = {
@@ -56,7 +57,7 @@ def export(folder: Path, transformer: Any, t5: Any, clip: Any, vae: Any, *, roll
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    halved = nn.Module.to(transformer, torch.bfloat16)
+    halved: Any = nn.Module.to(transformer, torch.bfloat16)
     halved.save_pretrained(partial / "transformer")
     nn.Module.to(transformer, torch.float32)
     t5.save_pretrained(partial / "text_encoder_2")
@@ -91,6 +92,17 @@ def _save_clip(clip: Any, folder: Path) -> None:
     clip.save_pretrained(folder)
     weights = {f"text_model.{k.removeprefix('text_model.')}": v.contiguous() for k, v in clip.state_dict().items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def parts(folder: Path) -> tuple[AutoencoderTiny, tuple[T5EncoderModel, CLIPTextModel], RollingFluxTransformer2DModel]:
+    """VAE, text encoders and transformer of a folder that `export` wrote, in float32, to be trained further."""
+    for name in ("vae", "text_encoder", "text_encoder_2", "transformer"):
+        if not (folder / name / "config.json").is_file():
+            raise ValueError(f"{folder} holds no {name}: name a folder that training has written")
+    vae = AutoencoderTiny.from_pretrained(folder / "vae")
+    t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2").eval().requires_grad_(False)
+    clip = CLIPTextModel.from_pretrained(folder / "text_encoder").eval().requires_grad_(False)
+    return vae, (t5, clip), RollingFluxTransformer2DModel.from_pretrained(folder / "transformer")
 
 
 def _edit(path: Path, **changes: Any) -> None:
