@@ -7,7 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 GENERATE := $(VENV)/bin/rolling-diffusion generate
-DEMO_PROMPT := "a red house left of a green tree under a yellow sun"
+DEMO_PROMPT := "a red house left of a green tree on a sunny day"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help venv install demo test lint format bench test-comfyui clean

@@ -3,61 +3,71 @@
 Names are imported when first used, so `import rolling_diffusion` costs nothing and needs neither diffusers nor ComfyUI.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ finds these
+    from .core.memory import Memory
+    from .core.order import ORDERS, Block, make_order
+    from .core.plan import Cost, Plan, make_plan
+    from .core.rollout import Denoiser, Frame, Moving, rollout
+    from .core.sigmas import sigmas
+    from .models.denoiser import FluxDenoiser
+    from .models.flux import RollingFluxTransformer2DModel
+    from .picture import plan_picture
+    from .pipeline import Card, RollingFluxPipeline, load
+
 __version__ = "0.1.0"
 
-# Where each public name lives. A name asked for here is looked up in its room, and only that room is imported.
-_HOMES = {
-    "ORDERS": "core.order",
-    "Block": "core.order",
-    "make_order": "core.order",
-    "Cost": "core.plan",
-    "Plan": "core.plan",
-    "make_plan": "core.plan",
-    "sigmas": "core.sigmas",
-    "Denoiser": "core.rollout",
-    "Frame": "core.rollout",
-    "Moving": "core.rollout",
-    "rollout": "core.rollout",
-    "Memory": "core.memory",
-    "plan_picture": "picture",
-    "RollingFluxTransformer2DModel": "models.flux",
-    "FluxDenoiser": "models.denoiser",
-    "RollingFluxPipeline": "pipeline",
-}
-
-__all__ = ["__version__", *sorted(_HOMES)]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "ORDERS",
+    "Block",
+    "Card",
+    "Cost",
+    "Denoiser",
+    "FluxDenoiser",
+    "Frame",
+    "Memory",
+    "Moving",
+    "Plan",
+    "RollingFluxPipeline",
+    "RollingFluxTransformer2DModel",
+    "__version__",
+    "load",
+    "make_order",
+    "make_plan",
+    "plan_picture",
+    "rollout",
+    "sigmas",
+]
 
 
 def __getattr__(name: str) -> object:
-    """A public name from its room (PEP 562); AttributeError for any other."""
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_room(home), name)
+    """A public name from its room (PEP 562), which is imported only now; AttributeError for any other.
 
-
-def _room(home: str) -> object:
-    # Plain imports, one per room: a reader, a linter and a scanner see what can be imported.
-    if home == "core.order":
-        from .core import order as room
-    elif home == "core.plan":
-        from .core import plan as room
-    elif home == "core.sigmas":
-        from .core import sigmas as room
-    elif home == "core.rollout":
-        from .core import rollout as room
-    elif home == "core.memory":
+    Plain imports, one per room: a reader, a linter and a scanner see what can be imported.
+    """
+    if name == "Memory":
         from .core import memory as room
-    elif home == "picture":
-        from . import picture as room
-    elif home == "models.flux":
-        from .models import flux as room
-    elif home == "models.denoiser":
+    elif name in ("ORDERS", "Block", "make_order"):
+        from .core import order as room
+    elif name in ("Cost", "Plan", "make_plan"):
+        from .core import plan as room
+    elif name in ("Denoiser", "Frame", "Moving", "rollout"):
+        from .core import rollout as room
+    elif name == "sigmas":
+        from .core import sigmas as room
+    elif name == "FluxDenoiser":
         from .models import denoiser as room
-    else:
+    elif name == "RollingFluxTransformer2DModel":
+        from .models import flux as room
+    elif name == "plan_picture":
+        from . import picture as room
+    elif name in ("Card", "RollingFluxPipeline", "load"):
         from . import pipeline as room
-    return room
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(room, name)
 
 
 def __dir__() -> list[str]:
-    return sorted(globals() | _HOMES.keys())
+    return sorted({*globals(), *__all__})

@@ -55,6 +55,8 @@ def refused(capsys, *argv: str) -> str:
         (["a ball", "--device", "cuda:99"], ["cuda:99 is not on this machine"]),
         (["a ball", "--model", "no/such/folder"], ["no/such/folder", "no such folder or file"]),
         (["a ball", "--model", "flux.safetensors"], ["flux.safetensors", "no such folder or file"]),
+        (["a ball", "--quantize", "int4"], ["--quantize", "did you mean 'int8'?"]),
+        (["a ball", "--lora", "style=strong"], ["--lora", "'strong' is no number"]),
         (["a ball", "--steps", "0"], ["--steps", "at least 1"]),
         (["a ball", "--window", "1"], ["window is 1 cells"]),
         (["a ball", "--width", "200"], ["multiple of 16", "192 or 208"]),

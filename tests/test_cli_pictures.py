@@ -11,7 +11,7 @@ from PIL import Image, ImageSequence
 
 from rolling_diffusion.cli import generate, main
 from rolling_diffusion.cli.files import read_settings
-from rolling_diffusion.cli.model import habits_of, why_not_loaded
+from rolling_diffusion.cli.model import habits_of
 from rolling_diffusion.cli.settings import Habits
 from rolling_diffusion.core.plan import make_plan
 
@@ -30,7 +30,11 @@ def model(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model") / "tiny"
     vae = new_vae(pictures(np.random.default_rng(0), 12))
-    export(folder, new_transformer(0), *new_encoders(), vae, rolling=True)
+    transformer = new_transformer(0)
+    with torch.no_grad():  # nothing at its initial 0, or no input would matter
+        for parameter in transformer.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    export(folder, transformer, *new_encoders(), vae, rolling=True)
     return str(folder)
 
 
@@ -147,10 +151,33 @@ def test_a_file_that_is_no_checkpoint_is_one_sentence(here, capsys, content):
     assert error.count("\n") == 1 and "flux.safetensors" in error
 
 
-def test_a_hub_model_out_of_reach_is_one_sentence():
-    gated = OSError("401 Client Error. Cannot access gated repo for url")
-    assert "accept its licence" in why_not_loaded("black-forest-labs/FLUX.1-dev", gated)
-    assert "the name and the network" in why_not_loaded("no/model", OSError("not fully cached locally"))
+def test_a_hub_model_out_of_reach_is_one_sentence(here, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["generate", PROMPT, *TINY, "--model", "nobody/nothing"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "nobody/nothing is not on this machine" in error
+
+
+def test_a_lora_acts_by_its_strength_and_is_recorded(here, model):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(3)
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    width = 256
+    save_file(
+        {f"{name}.lora_A.weight": torch.randn(4, width), f"{name}.lora_B.weight": torch.randn(width, 4)},
+        here / "style.safetensors",
+    )
+    for file, lora in {
+        "none": (),
+        "off": ("--lora", "style.safetensors=0"),
+        "on": ("--lora", "style.safetensors"),
+    }.items():
+        assert main(["generate", PROMPT, *TINY, "--model", model, *lora, "-o", f"{file}.png"]) == 0
+    assert np.array_equal(pixels("none.png"), pixels("off.png"))
+    assert not np.array_equal(pixels("none.png"), pixels("on.png"))
+    assert main(["generate", "--from", "on.png", "-o", "again.png"]) == 0
+    assert np.array_equal(pixels("on.png"), pixels("again.png"))
 
 
 def test_evaluate_prints_a_table_and_writes_its_numbers(here, model, capsys):

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "core": {"torch", "greenlet"},
     "models": {"torch", "greenlet", "diffusers", "transformers", "safetensors"},
-    "pipeline": {"torch", "numpy", "PIL", "diffusers", "transformers", "safetensors", "accelerate", "huggingface_hub"},
+    "pipeline": {
+        *("torch", "numpy", "PIL", "diffusers", "transformers", "safetensors", "accelerate", "huggingface_hub"),
+        *("peft", "torchao"),  # only where a LoRA or a quantiser is asked for
+    },
     "world": {"numpy", "PIL", "scipy"},
     "evaluation": {"torch", "numpy"},
     "picture": {"numpy", "PIL"},
@@ -42,6 +45,15 @@ def test_importing_the_package_pulls_in_nothing_heavy():
 def test_the_core_pulls_in_neither_diffusers_nor_a_host():
     loaded = modules_after("import rolling_diffusion.core")
     assert not loaded & {"comfy", "diffusers", "transformers"}
+
+
+def test_every_public_name_is_there():
+    import rolling_diffusion
+
+    for name in rolling_diffusion.__all__:
+        assert getattr(rolling_diffusion, name) is not None
+        assert name in dir(rolling_diffusion)
+    assert rolling_diffusion.make_plan(8, 8, 4, window=4, overlap=2).blocks[0] == rolling_diffusion.Block(0, 0, 0, 2, 8)
 
 
 def test_unknown_public_name_is_an_attribute_error():

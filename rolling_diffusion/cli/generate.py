@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from .arguments import Parser, decimal, name_in, whole_number
 from .files import ANIMATIONS, check_target, find_ffmpeg, read_settings, save_animation, save_json, save_png
-from .model import DTYPES, EMBEDDED, device_named, habits_of, known_words, load, locate, unknown_words
+from .model import DTYPES, EMBEDDED, QUANTIZERS, device_named, habits_of, known_words, load, locate, lora, unknown_words
 from .settings import PLAN_DEFAULTS, Habits, add_plan_options, complete, plan_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ DEFAULTS: dict[str, Any] = {
     "model": EMBEDDED,
     "device": "auto",
     "dtype": "auto",
+    "cpu_offload": None,
+    "lora": None,
+    "quantize": None,
 }
 MOST_FRAMES = 30  # of an animation; a longer run is sampled evenly
 
@@ -51,6 +54,11 @@ def add_options(parser: Parser) -> None:
     add("--model", metavar="MODEL", help="a folder, a checkpoint file or a hub id (default: embedded)")
     add("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dtype", type=name_in(DTYPES), metavar="NAME", help=f"{', '.join(DTYPES)} (default: auto)")
+    idle, layers = "keep idle parts of the model off the GPU", "keep all but one layer off the GPU: least memory, slow"
+    add("--cpu-offload", dest="cpu_offload", action="store_const", const="model", help=idle)
+    add("--sequential-offload", dest="cpu_offload", action="store_const", const="sequential", help=layers)
+    add("--lora", type=lora, action="append", metavar="NAME[=STRENGTH]", help="a file or a hub id; may be given again")
+    add("--quantize", type=name_in(QUANTIZERS), metavar="NAME", help=f"{', '.join(QUANTIZERS)}, on loading")
     add(
         "--batch", type=whole_number(1), default=1, metavar="N", help="pictures, with seeds from --seed on (default: 1)"
     )
@@ -76,7 +84,8 @@ def run(values: argparse.Namespace) -> int:
     plan = plan_of(settings)
 
     started = time.perf_counter()
-    pipeline = load(folder, device, settings["dtype"])
+    options = {"cpu_offload": settings["cpu_offload"] or False, "quantize": settings["quantize"]}
+    pipeline = load(folder, device, settings["dtype"], lora=dict(settings["lora"] or ()), **options)
     settings["dtype"] = str(pipeline.dtype).removeprefix("torch.")
     settings["cfg"] = pipeline.card.cfg if settings["cfg"] is None else settings["cfg"]
     warn(pipeline, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import warnings
@@ -11,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from .settings import Habits
 
 if TYPE_CHECKING:
-    import torch
-
     from ..pipeline import RollingFluxPipeline
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded"
 WEIGHTS = (".safetensors", ".bin", ".gguf")
+FILES = (".safetensors", ".sft", ".gguf")
+QUANTIZERS = ("bnb-4bit", "bnb-8bit", "int8", "fp8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PARTS_WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
 
@@ -29,12 +30,12 @@ def locate(name: str) -> str:
         check_folder(path)
         return str(path)
     if path.is_file():
-        if path.suffix not in (".safetensors", ".gguf"):
-            raise ValueError(f"--model {name} must be a folder, or a .safetensors or .gguf file")
+        if path.suffix not in FILES:
+            raise ValueError(f"--model {name} must be a folder, or a file that ends in {' or '.join(FILES)}")
         return str(path)
     if name == EMBEDDED:
         raise ValueError("the embedded model is missing from this installation: install the package again")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".") or path.suffix in WEIGHTS:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".") or path.suffix in FILES:
         raise ValueError(f"--model {name}: there is no such folder or file")
     return name
 
@@ -76,13 +77,6 @@ def device_named(name: str) -> str:
     return name
 
 
-def dtype_named(name: str, device: str) -> torch.dtype:
-    """The number format; "auto" is bfloat16 on CUDA and float32 elsewhere."""
-    import torch
-
-    return getattr(torch, name if name != "auto" else "bfloat16" if device.startswith("cuda") else "float32")
-
-
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
     """Words of the prompt that the tokenizer has no entry for, in order, each once."""
     if getattr(tokenizer, "unk_token_id", None) is None:
@@ -109,31 +103,30 @@ def habits_of(name: str, folder: str) -> Habits:
     return Habits(card.size, card.steps, card.draft_steps(1000) / 1000, card.native_tokens, card.max_sequence_length)
 
 
-def load(folder: str, device: str, dtype: str) -> RollingFluxPipeline:
-    """The pipeline of a folder, a checkpoint file or a hub id, on the device, silent."""
+def load(folder: str, device: str, dtype: str, **options: Any) -> RollingFluxPipeline:
+    """The pipeline of a folder, a checkpoint file or a hub id, silent; `options` are those of `pipeline.load`."""
     quiet()
-    from ..pipeline import RollingFluxPipeline
+    import torch
 
-    path = Path(folder)
-    read = RollingFluxPipeline.from_single_file if path.is_file() else RollingFluxPipeline.from_pretrained
-    try:
-        with warnings.catch_warnings():
-            # Releases of diffusers disagree about the name: all of them take torch_dtype, and the newest warn.
-            warnings.simplefilter("ignore", FutureWarning)
-            pipeline = read(folder, torch_dtype=dtype_named(dtype, device))
-    except OSError as error:
-        raise ValueError(why_not_loaded(folder, error)) from error
+    from ..pipeline import load as read
+
+    with warnings.catch_warnings():
+        # Releases of diffusers disagree about the name of dtype: all of them take torch_dtype, and the newest warn.
+        warnings.simplefilter("ignore", FutureWarning)
+        pipeline = read(folder, None if dtype == "auto" else getattr(torch, dtype), device, **options)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline
 
 
-def why_not_loaded(model: str, error: OSError) -> str:
-    """One sentence on what kept a model from being read, and what to do."""
-    if Path(model).exists():
-        return f"--model {model} could not be read as a Flux model: {' '.join(str(error).split())[:200]}"
-    if "gated" in str(error).lower() or "401" in str(error):
-        return f"--model {model} is gated: accept its licence on its page, then log in with hf auth login"
-    return f"--model {model} is neither on this machine nor to be had from the hub: check the name and the network"
+def lora(text: str) -> tuple[str, float]:
+    """Type of --lora: a file, a folder or a hub id, and after = a strength, 1 if there is none."""
+    name, mark, strength = text.rpartition("=")
+    if not mark:
+        return text, 1.0
+    try:
+        return name, float(strength)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes NAME or NAME=STRENGTH, and {strength!r} is no number") from None
 
 
 def quiet() -> None:
