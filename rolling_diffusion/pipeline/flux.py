@@ -7,7 +7,6 @@ from typing import Any, Optional, Union
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from diffusers.models import FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils import logging, torch_utils
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from ..core.order import COLUMN_ORDERS, ROW_ORDERS
-from ..core.plan import Plan, make_plan
+from ..core.plan import make_plan
 from ..core.rollout import Frame
 from ..models.denoiser import PATCH, FluxDenoiser, pack, unpack
 from ..models.flux import RollingFluxTransformer2DModel
@@ -31,10 +30,10 @@ from .conditions import Prompt, encode_images, encode_prompts
 from .guidance import decide
 from .run import Branch, Run
 from .schedulers import choose, prepare
+from .space import OutOfMemory, out_of_memory, place_memory
 
 IMAGES = "ip_adapter_image_embeds"
 logger = logging.get_logger(__name__)
-OutOfMemory: Any = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
 class RollingFluxPipeline(FluxPipeline):
@@ -243,7 +242,10 @@ class RollingFluxPipeline(FluxPipeline):
         )
         self._num_timesteps = plan.ticks
         cap = self.card.memory_tokens if memory_tokens is None else memory_tokens
-        keep_at = self._memory_device(plan, cap, images * len(texts), dtype, device)
+        offloaded = bool(getattr(self, "_all_hooks", None))
+        keep_at = memory_device or place_memory(
+            self.transformer, offloaded, plan, cap, images * len(texts), dtype, device
+        )
         branches = [
             FluxDenoiser(
                 Branch(self.transformer, name),
@@ -254,7 +256,7 @@ class RollingFluxPipeline(FluxPipeline):
                 lookahead=plan.lookahead,
                 cap=cap,
                 size=plan.size,
-                memory_device=memory_device or keep_at,
+                memory_device=keep_at,
                 text_level=text_level or self.card.text_level,
                 context_noise=self.card.context_noise if context_noise is None else context_noise,
                 seed=seed,
@@ -275,7 +277,7 @@ class RollingFluxPipeline(FluxPipeline):
                 self._current_timestep = None
         self.maybe_free_model_hooks()
         if image is None:
-            raise self._out_of_memory(plan, keep_at)
+            raise out_of_memory(plan, keep_at)
         return FluxPipelineOutput(images=image) if return_dict else (image,)
 
     def _decode(self, canvas: Tensor, output_type: Any) -> Any:
@@ -293,36 +295,3 @@ class RollingFluxPipeline(FluxPipeline):
         """A PIL picture of the first image of a frame, or of latents (B, C, h, w), as decoded by the VAE."""
         canvas = frame if isinstance(frame, Tensor) else frame.canvas
         return self._decode(canvas[:1], "pil")[0]
-
-    def _memory_device(
-        self, plan: Plan, cap: int, batch: int, dtype: torch.dtype, device: torch.device
-    ) -> torch.device | None:
-        """None to keep memory where it is computed; the CPU if it won't fit, or if the model lies there."""
-        if device.type != "cuda" or plan.alone:
-            return None
-        model = self.transformer
-        hooked = self._all_hooks or any(hasattr(module, "_hf_hook") for module in model.modules())
-        if hooked or _is_group_offload_enabled(model):
-            return torch.device("cpu")
-        layers = model.config.num_layers + model.config.num_single_layers
-        width = model.config.num_attention_heads * model.config.attention_head_dim
-        tokens = min(cap, plan.height * plan.width // PATCH**2)
-        need = 2 * tokens * layers * width * batch * torch.finfo(dtype).bits // 8
-        # Joining the blocks' parts holds one layer twice; the activations of a full call need about as much again.
-        free = (
-            torch.cuda.mem_get_info(device)[0]
-            + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device)
-        )
-        return None if need * 1.2 + 2**31 < free else torch.device("cpu")
-
-    def _out_of_memory(self, plan: Plan, keep_at: torch.device | None) -> Exception:
-        """What was tried, and what needs less; what the run held is freed."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        where = "the CPU" if keep_at is not None else "the device"
-        return OutOfMemory(
-            f"Out of memory on a canvas of {plan.width * 8} × {plan.height * 8} pixels with a window of {plan.window} "
-            f'cells and memory on {where}: a smaller window, draft=0, memory_device="cpu", a lower memory_tokens or '
-            "attention_persistence, enable_model_cpu_offload() or vae.enable_tiling() need less."
-        )

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from ..models.convert import flux_from_comfy
 from ..models.flux import RollingFluxTransformer2DModel
-from .flux import OutOfMemory, RollingFluxPipeline
+from .flux import RollingFluxPipeline
+from .space import OutOfMemory
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 FLUX_WIDTH = 3072
@@ -205,13 +206,11 @@ def plainly(what: str) -> Iterator[None]:
     """Turns what the libraries raise into a ValueError of one sentence; out of memory stays what it is."""
     try:
         yield
-    except ValueError as error:
-        if error.__cause__ is None and str(error).count("\n") == 0 and len(str(error)) < 200:
-            raise
-        sentence = explain(error, what)
     except OutOfMemory:
         sentence = None
     except Exception as error:
+        if isinstance(error, ValueError) and "\n" not in str(error) and not isinstance(error, OSError):
+            raise  # a sentence already, ours or the libraries'
         sentence = explain(error, what)
     else:
         return
