@@ -1,0 +1,85 @@
+"""The evaluation runs the real pipeline on the shipped model; and the shipped model is what its card says."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from rolling_diffusion.evaluation import WAYS, evaluate, paint, table
+from rolling_diffusion.pipeline import RollingFluxPipeline
+from rolling_diffusion.train.export import tokenizers
+from rolling_diffusion.train.text import clip_tokens, t5_tokens
+from rolling_diffusion.train.vae import encode, linear_encoder
+from rolling_diffusion.world.detect import detect
+from rolling_diffusion.world.render import render
+from rolling_diffusion.world.scene import random_scene
+from rolling_diffusion.world.score import TASKS, make_prompts
+
+EMBEDDED = Path(__file__).parent.parent / "rolling_diffusion" / "embedded"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = RollingFluxPipeline.from_pretrained(EMBEDDED, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def test_the_report_holds_every_way_task_and_interval(pipe):
+    common = {"num_inference_steps": 2, "width": 128, "height": 128}
+    report = evaluate(pipe, 6, seed=1, common=common, batch=4)
+    assert list(report) == list(WAYS) == ["full", "rolling", "autoregressive"]
+    for row in report.values():
+        assert set(row["tasks"]) == {*TASKS, "relation"}
+        low, high = row["interval"]
+        assert 0 <= low <= row["score"] <= high <= 1
+    assert report["full"]["against full"] == (0, 0, 0)
+    assert json.loads(json.dumps(report))["full"]["score"] == report["full"]["score"]
+    assert table(report).count("\n") == 1 + len(WAYS)
+
+
+def test_pictures_depend_on_the_seed_alone_not_on_the_batch(pipe):
+    prompts = make_prompts(3, 4)
+    common = {"num_inference_steps": 2, "width": 128, "height": 128}
+    together = paint(pipe, prompts, 0, {}, common)
+    alone = paint(pipe, prompts[2:], 2, {}, common)
+    assert np.abs(together[2].astype(int) - alone[0]).max() <= 1
+    assert not np.array_equal(together[0], together[1])
+
+
+def test_tokenizers_give_the_ids_that_were_trained(pipe):
+    texts = ["A red ball, and a BLUE star!", "", "zebra left of " * 20]
+    for tokenizer, fresh, expected in zip(
+        (pipe.tokenizer, pipe.tokenizer_2), tokenizers(), (clip_tokens(texts), t5_tokens(texts))
+    ):
+        for one in (tokenizer, fresh):
+            ids = one(texts, padding="max_length", max_length=32, truncation=True, return_tensors="pt").input_ids
+            assert torch.equal(ids, expected)
+
+
+def test_the_autoencoder_keeps_what_the_detectors_need(pipe):
+    rng = np.random.default_rng(21)
+    scenes = [random_scene(rng) for _ in range(6)]
+    x = torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        latents = pipe.vae.encode(x * 2 - 1).latents
+        assert (latents - encode(x, *linear_encoder(pipe.vae))).abs().max() < 1e-3
+        decoded = (pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    assert (decoded - x).abs().mean() < 0.03
+    for scene, picture in zip(scenes, decoded.permute(0, 2, 3, 1).mul(255).byte().numpy()):
+        assert sorted((str(f.kind), f.colour) for f in detect(picture)) == sorted(
+            (t.kind, t.colour) for t in scene.things
+        )
+
+
+def test_the_folder_is_small_and_holds_no_pickle():
+    files = [f for f in EMBEDDED.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 45_000_000
+    assert {f.suffix for f in files} == {".json", ".safetensors"}
