@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,12 @@ from .. import __version__
 from .arguments import Parser, decimal, name_in, whole_number
 from .files import ANIMATIONS, check_target, find_ffmpeg, read_settings, save_animation, save_json, save_png
 from .model import DTYPES, EMBEDDED, QUANTIZERS, device_named, habits_of, known_words, load, locate, lora, unknown_words
-from .settings import PLAN_DEFAULTS, Habits, add_plan_options, complete, plan_of
+from .settings import CELL, PLAN_DEFAULTS, Habits, add_plan_options, complete, plan_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..core.order import Block
     from ..core.plan import Plan
     from ..pipeline import RollingFluxPipeline
 
@@ -39,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "lora": None,
     "quantize": None,
 }
+PAPER = (243, 240, 232)
 MOST_FRAMES = 30  # of an animation; a longer run is sampled evenly
 
 
@@ -138,6 +141,17 @@ def warn(pipeline: RollingFluxPipeline, settings: dict[str, Any]) -> None:
         print(" ".join(known_words(pipeline.tokenizer_2)), file=sys.stderr)
 
 
+def blank(image: Image.Image, blocks: Sequence[Block]) -> Image.Image:
+    """The picture with blocks that have not begun left as bare paper."""
+    from PIL import ImageDraw
+
+    pen = ImageDraw.Draw(image)
+    for block in blocks:
+        top, left = block.top * CELL, block.left * CELL
+        pen.rectangle((left, top, left + block.width * CELL - 1, top + block.height * CELL - 1), fill=PAPER)
+    return image
+
+
 def draw(
     pipeline: RollingFluxPipeline, settings: dict[str, Any], plan: Plan, frames: list[Image.Image] | None
 ) -> Image.Image:
@@ -145,6 +159,7 @@ def draw(
     import torch
     from tqdm import tqdm
 
+    begun = set()
     bar = tqdm(total=plan.ticks, unit="call", leave=False, disable=None)
 
     def on_frame(frame) -> None:
@@ -153,7 +168,8 @@ def draw(
         together = len(frame.blocks) == len(plan.blocks)
         bar.set_description("all blocks" if together else f"block {frame.blocks[0].index + 1} of {len(plan.blocks)}")
         if frames is not None and frame.tick % max(1, -(-frame.total // MOST_FRAMES)) == 0:
-            frames.append(pipeline.preview(frame))
+            begun.update(frame.blocks)
+            frames.append(blank(pipeline.preview(frame), [block for block in plan.blocks if block not in begun]))
 
     with bar:
         images, *_ = pipeline(
