@@ -25,6 +25,7 @@ from ..world.caption import caption
 from ..world.render import render
 from ..world.scene import random_scene
 from .checkpoint import Average, load_optimiser, optimiser_state, pack, read, unpack, write
+from .labels import Questions, labels
 from .text import embed
 from .vae import encode
 
@@ -35,8 +36,9 @@ CONFIG = {
 }  # fmt: skip
 DROP_CAPTION = 0.1
 # Canvases in pixels (width, height), the batch that takes about as long on each, and their shares early and late.
-CANVASES = ((128, 128, 48), (192, 192, 32), (256, 256, 20), (256, 384, 14), (384, 256, 14), (256, 512, 10))
-EARLY, LATE = (0.85, 0.15, 0, 0, 0, 0), (0.4, 0.22, 0.28, 0.04, 0.02, 0.04)
+CANVASES = ((128, 128, 32), (192, 192, 20), (256, 256, 14), (256, 384, 9), (384, 256, 9), (256, 512, 7))
+EARLY, LATE = (0.8, 0.2, 0, 0, 0, 0), (0.2, 0.2, 0.5, 0.04, 0.02, 0.04)
+LABELS = 0.3  # weight of the error about labels beside that of the velocity
 
 
 def new_transformer(seed: int = 0) -> RollingFluxTransformer2DModel:
@@ -66,10 +68,12 @@ def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 @dataclass
 class Batch:
-    """Clean tokens (B, n, 64), noise alike, text (B, 32, 128), pooled (B, 128), ids (n, 3); rows, columns of tokens."""
+    """Clean tokens (B, n, 64), noise alike, labels (B, n, 4), text (B, 32, 128), pooled (B, 128), ids (n, 3); rows and
+    columns of tokens."""
 
     tokens: Tensor
     noise: Tensor
+    labels: Tensor
     text: Tensor
     pooled: Tensor
     ids: Tensor
@@ -103,12 +107,16 @@ class Source:
         text, pooled = embed(self.encoders[0], self.encoders[1], texts)
         noise = torch.randn(tokens.shape, generator=self.generator)
         ids = positions(height // 16, width // 16)
-        on = (x.to(self.device) for x in (tokens, noise, text, pooled, ids))
+        on = (x.to(self.device) for x in (tokens, noise, labels(scenes), text, pooled, ids))
         return Batch(*on, rows=height // 16, columns=width // 16)
 
     def levels(self, count: int) -> Tensor:
-        """(count,) noise levels, logit-normal, somewhat to the noisy side, where a picture's plan is decided."""
-        return torch.sigmoid(0.4 + 1.1 * torch.randn(count, generator=self.generator)).to(self.device)
+        """(count,) noise levels, logit-normal, somewhat to the noisy side, where a picture's plan is decided.
+
+        Stratified: one level from each of count equally likely ranges, so that a batch shows them all.
+        """
+        share = (torch.randperm(count, generator=self.generator) + torch.rand(count, generator=self.generator)) / count
+        return torch.sigmoid(0.7 + 1.1 * torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4))).to(self.device)
 
 
 def call(
@@ -129,15 +137,15 @@ def call(
         )[0].float()
 
 
-def uniform_loss(model: nn.Module, source: Source, batch: Batch) -> Tensor:
-    """Mean squared error of the velocity, whole canvases, one level a sample."""
+def uniform_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """(mean squared error of the velocity, None: all tokens were in the call), whole canvases, one level a sample."""
     t = source.levels(len(batch.tokens))[:, None, None]
     v = call(model, batch, batch.tokens.lerp(batch.noise, t), None, t[:, 0, 0], None)
-    return (v - (batch.noise - batch.tokens)).square().mean()
+    return (v - (batch.noise - batch.tokens)).square().mean(), None
 
 
-def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> Tensor:
-    """The same error over the blocks in motion, at a random tick of a random plan."""
+def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """(the same error over the blocks in motion, the tokens in the call), at a random tick of a random plan."""
     rng = source.rng
     h, w = 2 * batch.rows, 2 * batch.columns
     steps = 24
@@ -181,7 +189,7 @@ def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> Tensor:
     v = call(model, batch, noisy[:, chosen], chosen, levels[:, present], index, **more)
     error = (v - (batch.noise - batch.tokens)[:, chosen]).square().mean(-1)
     weight = moving[owner[chosen]].float()
-    return (error * weight).sum() / (weight.sum() * len(error))
+    return (error * weight).sum() / (weight.sum() * len(error)), chosen
 
 
 @torch.no_grad()
@@ -233,11 +241,13 @@ def train(
     The rate is constant, then falls linearly from `decay_from` of the time on. sample(weights, name): called every 10
     minutes.
     """
-    opts = optimisers(model)
+    questions = Questions(model).to(source.device)
+    opts = [*optimisers(model), torch.optim.AdamW(questions.parameters(), lr=1.0, weight_decay=0.0)]
     average, step, spent = Average(model, 0.998), 0, 0.0
     if path.exists():
         tensors, facts = read(path)
         model.load_state_dict(unpack("model", tensors))
+        questions.load_state_dict(unpack("questions", tensors))
         average.values, average.steps = unpack("average", tensors), facts["step"]
         for i, opt in enumerate(opts):
             load_optimiser(opt, unpack(f"optimiser{i}", tensors))
@@ -245,41 +255,50 @@ def train(
         source.rng, source.generator = np.random.default_rng(step), torch.Generator().manual_seed(step)
     model.train()
     started = time.time() - spent
-    last_log, last_sample, losses, seen = time.time(), time.time(), [], 0
+    last_log, last_sample, losses, seen = time.time(), time.time(), np.zeros((0, 2)), 0
     while (elapsed := time.time() - started) < 60 * minutes:
         progress = elapsed / (60 * minutes)
-        shares = np.array(LATE) if stage == "rolling" or progress > 0.4 else np.array(EARLY)
+        shares = np.array(LATE if stage == "rolling" or progress > 0.3 else EARLY)
         width, height, count = CANVASES[int(source.rng.choice(len(CANVASES), p=shares / shares.sum()))]
         batch = source.draw(width, height, count)
         rolling = stage == "rolling" and source.rng.random() < 0.75
-        loss = (rolling_loss if rolling else uniform_loss)(model, source, batch)
+        loss, chosen = (rolling_loss if rolling else uniform_loss)(model, source, batch)
+        doubt = questions(batch.labels if chosen is None else batch.labels[:, chosen])
         now = rate * min(1, (step + 1) / 100) * min(1, max(0.02, (1 - progress) / (1 - decay_from)))
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = now
             opt.zero_grad()
-        loss.backward()
+        (loss + LABELS * doubt).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             opt.step()
         average.update(model)
         step, seen = step + 1, seen + count
-        losses.append(loss.item())
+        losses = np.append(losses, [[loss.item(), doubt.item()]], 0)
         if time.time() - last_log > 60:
             rate_seen = seen / (time.time() - last_log)
-            log(f"{stage}: step {step}, {elapsed:.0f} s, loss {np.mean(losses):.4f}, {rate_seen:.1f} samples/s")
-            last_log, losses, seen = time.time(), [], 0
-            _save(path, model, average, opts, step, elapsed)
+            velocity, about = losses.mean(0)
+            log(
+                f"{stage}: step {step}, {elapsed:.0f} s, loss {velocity:.4f}, labels {about:.4f}, "
+                f"{rate_seen:.1f} samples/s"
+            )
+            last_log, losses, seen = time.time(), np.zeros((0, 2)), 0
+            _save(path, model, questions, average, opts, step, elapsed)
         if sample is not None and time.time() - last_sample > 600:
             sample(average.values, f"{stage}-{step}")
             last_sample = time.time()
-    _save(path, model, average, opts, step, 60 * minutes)
+    _save(path, model, questions, average, opts, step, 60 * minutes)
+    questions.hook.remove()
     model.load_state_dict(average.values)
     model.eval()
 
 
-def _save(path: Path, model: nn.Module, average: Average, opts: list, step: int, seconds: float) -> None:
+def _save(
+    path: Path, model: nn.Module, questions: nn.Module, average: Average, opts: list, step: int, seconds: float
+) -> None:
     tensors = pack("model", model.state_dict()) | pack("average", average.values)
+    tensors |= pack("questions", questions.state_dict())
     for i, opt in enumerate(opts):
         tensors |= pack(f"optimiser{i}", optimiser_state(opt))
     write(path, tensors, step=step, seconds=seconds)

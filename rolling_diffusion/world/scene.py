@@ -30,9 +30,10 @@ HELD_OUT = frozenset(
         ("kite", "red"),
     }
 )
-RADIUS = (24.0, 28.0)  # pixels from an object's centre to the edge of its box; the same on every canvas
+RADIUS = 26.0  # pixels from an object's centre to the edge of its box; the same on every canvas
+GRID = 16  # pixels: centres stand on a grid as coarse as the model's tokens, so that each object is drawn in one way
 MARGIN = 32.0  # pixels that a centre keeps from the picture's edge
-APART = 63.0  # pixels between two centres: objects never touch
+APART = 64.0  # pixels between two centres at least: objects never touch
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Thing:
     colour: str
     x: float = 0.0
     y: float = 0.0
-    radius: float = 26.0
+    radius: float = RADIUS
     place: str | None = None
 
 
@@ -96,16 +97,22 @@ def is_related(relation: str, a: tuple[float, float], b: tuple[float, float]) ->
     return abs(dy) > abs(dx) and (dy < 0) == (relation == "above")
 
 
+def _grid_point(rng: np.random.Generator, low: float, high: float) -> float:
+    """A random multiple of GRID from low to high, or the one nearest to their middle."""
+    first, last = -int(-low // GRID), int(high // GRID)
+    return float(GRID * (rng.integers(first, last + 1) if first <= last else round((low + high) / 2 / GRID)))
+
+
 def arrange(scene: Scene, rng: np.random.Generator) -> Scene | None:
-    """The scene with centres and radii drawn so that places and relation hold; None if 60 tries found no room."""
+    """The scene with centres drawn so that places and relation hold; None if 60 tries found no room."""
     for _ in range(60):
         things: list[Thing] = []
         for thing in scene.things:
             x0, x1, y0, y1 = place_box(thing.place, scene.width, scene.height)
-            x, y = rng.uniform(x0, x1), rng.uniform(y0, y1)
+            x, y = _grid_point(rng, x0, x1), _grid_point(rng, y0, y1)
             if any((x - t.x) ** 2 + (y - t.y) ** 2 < APART**2 for t in things):
                 break
-            things.append(replace(thing, x=x, y=y, radius=rng.uniform(*RADIUS)))
+            things.append(replace(thing, x=x, y=y))
         else:
             if scene.relation is None:
                 return replace(scene, things=tuple(things))
