@@ -327,13 +327,15 @@ def test_a_rollout_computes_and_sees_as_many_tokens_as_its_plan_predicts(
         cost = plan.cost(TEXT)
         assert len(calls) == cost.ticks + cost.waiting_calls + cost.commits
         assert sum(call["hidden_states"].shape[1] + TEXT for call in calls) == cost.token_evaluations
-        ticks = [call for call in calls[draft:] if call.get("keep") is None]
-        visible = []
-        for call in ticks:
-            memory = call.get("memory")
+        visible, pairs = [], 0
+        for i, call in enumerate(calls):
+            memory, own = call.get("memory"), TEXT + call["hidden_states"].shape[1]
             seen = 0 if memory is None else memory.layer(0)[0].shape[1]
-            visible.append(TEXT + call["hidden_states"].shape[1] + seen)
+            pairs += own * (own + seen)
+            if i >= draft and call.get("keep") is None:
+                visible.append(own + seen)
         assert max(visible) == cost.peak_visible_tokens
+        assert pairs == cost.pairs
 
 
 def test_gradients_never_flow_from_a_later_block_into_a_committed_one():

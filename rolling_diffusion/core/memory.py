@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .plan import FAINT
+from .cost import FAINT
 
 if TYPE_CHECKING:
     from .order import Block

@@ -20,35 +20,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import accumulate
 
+from .cost import Cost, count
 from .order import COLUMN_ORDERS, ORDERS, ROW_ORDERS, TILE_ORDERS, Block, Order, make_order
-
-FAINT = 1e-3  # finished blocks whose attention weight is below this are dropped from memory
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a plan costs with a sampler that calls the model once a step.
-
-    ticks                joint calls that move blocks, draft included
-    waiting_calls        calls that store waiting blocks (one, if the lookahead covers the canvas)
-    commits              calls that store a finished block (all but the last; none at persistence 0)
-    tokens_per_tick      mean tokens computed in a tick, text included
-    peak_moving_tokens   most image tokens in motion after the draft; a draft moves the whole canvas
-    peak_visible_tokens  most tokens attended to after the draft: text, in motion, finished and waiting in memory
-    token_evaluations    tokens computed in all calls, text included in each
-    relative             token_evaluations against a full pass, which is `steps` calls of the whole canvas and the text
-    """
-
-    ticks: int
-    waiting_calls: int
-    commits: int
-    tokens_per_tick: float
-    peak_moving_tokens: int
-    peak_visible_tokens: int
-    token_evaluations: int
-    relative: float
 
 
 @dataclass(frozen=True)
@@ -167,53 +141,7 @@ class Plan:
 
     def cost(self, text_tokens: int = 0, cap: int | None = None) -> Cost:
         """Predicted cost; `cap` is the most tokens that memory shows. See `Cost` for what is counted."""
-        count = len(self.blocks)
-        ends = list(accumulate((self.tokens(block) for block in self.blocks), initial=0))  # ends[g]: tokens before g
-        canvas = ends[-1]
-        arrivals = [sum(ends[i + 1] - ends[i] for i in new) for new in self.arrivals()]
-        waiting_calls = sum(tokens > 0 for tokens in arrivals)
-        commits = count - 1 if self.commits else 0
-        moved = self.steps * canvas
-        kept = sum(arrivals) + (ends[commits] if commits else 0)
-        evaluations = moved + kept + text_tokens * (self.ticks + waiting_calls + commits)
-
-        peak_moving = peak_visible = 0
-        for g in [0] if self.alone else range(count):
-            moving = self.moving(self.start(g))
-            here = ends[moving.stop] - ends[moving.start]
-            stored = self._finished(moving, ends) + self._waiting(moving, ends)
-            stored = stored if cap is None else min(cap, stored)
-            peak_moving = max(peak_moving, here)
-            peak_visible = max(peak_visible, text_tokens + here + stored)
-        return Cost(
-            ticks=self.ticks,
-            waiting_calls=waiting_calls,
-            commits=commits,
-            tokens_per_tick=moved / self.ticks + text_tokens,
-            peak_moving_tokens=peak_moving,
-            peak_visible_tokens=peak_visible,
-            token_evaluations=evaluations,
-            relative=evaluations / (self.steps * (canvas + text_tokens)),
-        )
-
-    def _finished(self, moving: range, ends: list[int]) -> int:
-        """Tokens of finished blocks that the blocks in motion see."""
-        if not self.commits:
-            return 0
-        if self.persistence == 1:
-            return ends[moving.start]
-        depth = math.floor(math.log(FAINT) / math.log(self.persistence))  # p**a >= FAINT up to this distance a
-        seen = {i for g in moving for i in self.blocks.near(self.blocks[g], depth * self.size)} if depth else set()
-        return sum(ends[i + 1] - ends[i] for i in seen if i < moving.start)
-
-    def _waiting(self, moving: range, ends: list[int]) -> int:
-        """Tokens of waiting blocks that the blocks in motion see."""
-        if not self.waits:
-            return 0
-        if self.lookahead is None:
-            return ends[-1] - ends[moving.stop]
-        seen = {i for g in moving for i in self.blocks.near(self.blocks[g], self.lookahead)}
-        return sum(ends[i + 1] - ends[i] for i in seen if i >= moving.stop)
+        return count(self, text_tokens, cap)
 
     def __str__(self) -> str:
         cost = self.cost()
