@@ -156,6 +156,45 @@ def test_load_folders_files_and_loras(folder, files, tmp_path):
     assert torch.allclose(call(weak, **ROLL), expected, atol=1e-5)
 
 
+def gguf_file(path, state):
+    """A transformer as GGUF, its matrices in 8 bits where their rows consist of whole blocks of 32."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "flux")
+    for name, weight in state.items():
+        fits = weight.ndim == 2 and weight.shape[1] % 32 == 0
+        kind = gguf.GGMLQuantizationType.Q8_0 if fits else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(weight.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def distance(pipe, expected):
+    """How far a rolling run lies from the expected latents, relative to them; and it must not be the same."""
+    found = call(quiet(pipe), **ROLL)
+    assert not torch.equal(found, expected)
+    return (found - expected).norm() / expected.norm()
+
+
+def test_gguf_files_roll(folder, tmp_path):
+    pipe = quiet(load(folder, device="cpu"))
+    file = gguf_file(tmp_path / "tiny.gguf", pipe.transformer.state_dict())
+    quantised = load(file, device="cpu", parts=folder)
+    assert isinstance(quantised.transformer, RollingFluxTransformer2DModel)
+    assert distance(quantised, call(pipe, **ROLL)) < 0.05
+    with pytest.raises(ValueError, match="is quantised already: leave int8 out"):
+        load(file, device="cpu", parts=folder, quantize="int8")
+
+
+@pytest.mark.parametrize(("name", "most"), [("int8", 0.03), ("fp8", 0.1)])
+def test_models_quantised_on_loading_roll(folder, name, most):
+    pytest.importorskip("torchao")
+    expected = call(quiet(load(folder, device="cpu")), **ROLL)
+    assert distance(load(folder, device="cpu", quantize=name), expected) < most
+
+
 def test_load_says_what_is_wrong_in_one_sentence(folder, files, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     broken = tmp_path / "broken"
