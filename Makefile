@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | test-comfyui COMFYUI_PATH=… | clean       (needs python3 >= 3.10, pip and make)
+# make demo | test | lint | bench | test-comfyui, bench-comfyui COMFYUI_PATH=… | clean       (needs python3 >= 3.10, pip and make)
 
 PYTHON ?= python3
 # What pip installs as torch. A wheel, a file or a version of your own: make demo TORCH=torch==2.8.0
@@ -10,7 +10,7 @@ GENERATE := $(VENV)/bin/rolling-diffusion generate
 DEMO_PROMPT := "a red house left of a green tree on a sunny day"
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv install demo test lint format bench test-comfyui clean
+.PHONY: help venv install demo test lint format bench checkout test-comfyui bench-comfyui clean
 .DELETE_ON_ERROR:
 
 help:
@@ -58,10 +58,15 @@ bench: $(STAMP)
 
 # COMFYUI_PATH: a checkout of ComfyUI. COMFYUI_PYTHON: an interpreter with its requirements, ours, and pytest.
 COMFYUI_PYTHON ?= $(PY)
-test-comfyui: $(STAMP)
+checkout: $(STAMP)
 	@test -f "$(COMFYUI_PATH)/main.py" || { \
 	  echo "COMFYUI_PATH must name a ComfyUI checkout: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI" >&2; exit 2; }
+
+test-comfyui: checkout
 	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFYUI_PYTHON) -m pytest -rs --confcutdir=tests/comfyui tests/comfyui
+
+bench-comfyui: checkout
+	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFYUI_PYTHON) -m benchmarks.comfyui
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

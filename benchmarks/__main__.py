@@ -6,10 +6,7 @@ Rollout overhead at one block, measured time against the plan's predicted cost, 
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -18,6 +15,8 @@ from rolling_diffusion.core.rollout import Moving, rollout
 from rolling_diffusion.core.sigmas import sigmas
 from rolling_diffusion.models.denoiser import FluxDenoiser
 from rolling_diffusion.models.flux import RollingFluxTransformer2DModel
+
+from . import ratios
 
 MODEL = Path(__file__).parent.parent / "rolling_diffusion" / "embedded"
 SIDE, STEPS, TEXT = 32, 20, 32  # cells, steps, text tokens: a picture of 256×256 at the defaults
@@ -29,20 +28,6 @@ def euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
         denoised = model(x, sigmas[i] * x.new_ones(x.shape[0]), **(extra_args or {}))
         x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
     return x
-
-
-def ratios(one: Callable[[], object], two: Callable[[], object], repeats: int) -> tuple[float, list[float]]:
-    """Median of time(one) / time(two) over interleaved pairs, and all of them sorted; one warm-up each."""
-    one(), two()
-    found = []
-    for i in range(repeats):
-        times = {}
-        for name, run in ((1, one), (2, two)) if i % 2 else ((2, two), (1, one)):
-            start = time.perf_counter()
-            run()
-            times[name] = time.perf_counter() - start
-        found.append(times[1] / times[2])
-    return median(found), sorted(found)
 
 
 class Bench:

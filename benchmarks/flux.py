@@ -1,8 +1,8 @@
 """FLUX.1-dev's full structure with random weights: seconds, memory and arithmetic beside what the plan predicts.
 
-    python -m benchmarks.flux             the cases that benchmarks/flux.json does not hold yet; needs a GPU with 40 GB
-    python -m benchmarks.flux --dry-run   the same code with a small model, on any machine; keeps nothing
-    python -m benchmarks.flux --predict   the predictions alone, as docs/flux.md has them; runs nothing
+python -m benchmarks.flux             the cases that benchmarks/flux.json does not hold yet; needs a GPU with 40 GB
+python -m benchmarks.flux --dry-run   the same code with a small model, on any machine; keeps nothing
+python -m benchmarks.flux --predict   the predictions alone, as docs/flux.md has them; runs nothing
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ WAYS: dict[str, dict[str, Any] | None] = {  # None: diffusers' own FluxPipeline
 }
 FLUX = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}
 SMALL = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2}
-WINDOW, OVERLAP, NATIVE, CAP, DRAFT = 64, 16, 4096, 8192, 0.25  # the pipeline's defaults for FLUX.1-dev; a test holds it
+WINDOW, OVERLAP, NATIVE, CAP, DRAFT = (
+    64,
+    16,
+    4096,
+    8192,
+    0.25,
+)  # the pipeline's defaults for FLUX.1-dev; a test holds it
 
 
 def plan_for(width: int, height: int, way: dict[str, Any] | None, steps: int = STEPS) -> Plan:
@@ -63,14 +69,17 @@ def predictions() -> str:
         for name in ("rolling", "block-autoregressive"):
             plan = plan_for(width, height, WAYS[name])
             if len(plan.blocks) == 1:
-                lines.append(f"| {width}×{height} | {name} | {plan.ticks} | 1.00 | 1.00 | one block: ordinary sampling | none |")
+                lines.append(
+                    f"| {width}×{height} | {name} | {plan.ticks} | 1.00 | 1.00 | one block: ordinary sampling | none |"
+                )
                 continue
             cost = plan.cost(TEXT, CAP)
             stored = min(CAP, plan.height * plan.width // plan.multiple**2)
             gigabytes = stored * 2 * 57 * 3072 * 2 / 2**30
             lines.append(
-                f"| {width}×{height} | {name} | {cost.ticks + cost.waiting_calls + cost.commits} | {cost.relative:.2f} | "
-                f"{arithmetic(plan, FLUX) / full:.2f} | {cost.peak_visible_tokens:,} | {gigabytes:.1f} GiB |"
+                f"| {width}×{height} | {name} | {cost.ticks + cost.waiting_calls + cost.commits} | "
+                f"{cost.relative:.2f} | {arithmetic(plan, FLUX) / full:.2f} | "
+                f"{cost.peak_visible_tokens:,} | {gigabytes:.1f} GiB |"
             )
     return "\n".join(lines)
 
@@ -95,7 +104,11 @@ class Bench:
         try:
             with torch.device(self.device):
                 self.model = RollingFluxTransformer2DModel(
-                    in_channels=64, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, **self.shape
+                    in_channels=64,
+                    joint_attention_dim=4096,
+                    pooled_projection_dim=768,
+                    guidance_embeds=True,
+                    **self.shape,
                 ).eval()
         finally:
             torch.set_default_dtype(default)
@@ -135,7 +148,8 @@ class Bench:
         def once() -> float:
             start = time.perf_counter()
             out = pipe(
-                prompt_embeds=self.embeds, pooled_prompt_embeds=self.pooled, width=width, height=height, num_inference_steps=self.steps,
+                prompt_embeds=self.embeds, pooled_prompt_embeds=self.pooled, width=width, height=height,
+                num_inference_steps=self.steps,
                 guidance_scale=3.5, output_type="latent", generator=self.torch.Generator().manual_seed(0), **more,
             )  # fmt: skip
             self.wait(out)
@@ -192,7 +206,9 @@ def table(found: dict[str, Any], dry: bool) -> str:
             continue
         plan = plan_for(width, height, WAYS[name], steps)
         if dry and WAYS[name] is not None:
-            plan = make_plan(height // CELL, width // CELL, steps, window=16, overlap=4, draft=round(DRAFT * steps), **WAYS[name])
+            plan = make_plan(
+                height // CELL, width // CELL, steps, window=16, overlap=4, draft=round(DRAFT * steps), **WAYS[name]
+            )
         work = arithmetic(plan, shape, text)
         whole = arithmetic(plan_for(width, height, None, steps), shape, text)
         base = found.get(f"{size}, FluxPipeline, {mode}", {}).get("seconds")

@@ -61,7 +61,7 @@ def test_from_pipe_shares_every_weight_and_leaves_the_stock_pipeline_as_it_was()
     roll = quiet(RollingFluxPipeline.from_pipe(stock))
     assert roll.transformer is stock.transformer and roll.vae is stock.vae
     assert torch.equal(call(stock), before) and torch.equal(call(roll, **LAG_0), before)
-    again = quiet(FluxPipeline(**{k: v for k, v in roll.components.items()}))
+    again = quiet(FluxPipeline(**roll.components))
     assert torch.equal(call(again), before)
 
 

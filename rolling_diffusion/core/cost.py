@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 FAINT = 1e-3  # finished blocks whose attention weight is below this are dropped from memory
 
+
 @dataclass(frozen=True)
 class Cost:
     """What a plan costs with a sampler that calls the model once a step.
