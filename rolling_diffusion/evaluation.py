@@ -82,19 +82,13 @@ def evaluate(
 
 
 def table(report: Mapping[str, Mapping[str, Any]]) -> str:
-    """The report as a Markdown table: scores with 95 % intervals, tasks, invented objects."""
+    """The report as a Markdown table: scores, differences (both with 95 % intervals), invented objects, tasks."""
     tasks = [t for t in (*TASKS, *APART) if any(t in row["tasks"] for row in report.values())]
-    head = ["sampling", "score", "against full", *tasks, "invented"]
-    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    rows = [["sampling", "score", "against full", "invented", *tasks]]
     for name, row in report.items():
-        score, (low, high) = row["score"], row["interval"]
-        cells = [name, f"**{score:.3f}** ({low:.2f} to {high:.2f})"]
-        if "against full" in row:
-            mean, low, high = row["against full"]
-            cells.append(f"{mean:+.3f} ({low:+.2f} to {high:+.2f})")
-        else:
-            cells.append("")
-        cells += [f"{row['tasks'][t]:.2f}" for t in tasks]
-        cells.append(f"{row['invented']:.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        score = "{:.3f} ({:.3f} to {:.3f})".format(row["score"], *row["interval"])
+        gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(*row["against full"]) if "against full" in row else ""
+        rows.append([name, score, gap, f"{row['invented']:.3f}", *(f"{row['tasks'][t]:.2f}" for t in tasks)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 from .. import __version__
-from .arguments import Parser, name_in, whole_number
+from .arguments import Parser, decimal, name_in, whole_number
 from .files import check_target, save_json
 from .model import DTYPES, EMBEDDED, device_named, load, locate
 from .settings import check_side
@@ -23,6 +22,7 @@ def add_options(parser: Parser) -> None:
     add("--held-out", type=whole_number(0), default=0, metavar="N", help="more, of pairs never trained (default: 0)")
     add("--seed", type=whole_number(0), default=0, metavar="N", help="of the prompts (default: 0)")
     add("--steps", type=whole_number(1), metavar="N", help="(default: the model's own)")
+    add("--cfg", type=decimal(0), metavar="SCALE", help="(default: the model's own)")
     add("--width", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
     add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
     add("--study", action="store_true", help="more ways: each memory on and off, drafts, the text's noise level")
@@ -35,7 +35,7 @@ def add_options(parser: Parser) -> None:
 def run(values: argparse.Namespace) -> int:
     if values.json is not None:
         check_target(values.json)
-    common = {"num_inference_steps": values.steps, "width": values.width, "height": values.height}
+    common = {"num_inference_steps": values.steps, "cfg": values.cfg, "width": values.width, "height": values.height}
     common = {name: value for name, value in common.items() if value is not None}
     for side in common.keys() & {"width", "height"}:
         check_side(side, common[side])
@@ -43,7 +43,7 @@ def run(values: argparse.Namespace) -> int:
     folder = locate(values.model)
     from tqdm import tqdm
 
-    from ..evaluation import STUDY, WAYS, evaluate
+    from ..evaluation import STUDY, WAYS, evaluate, table
 
     pipeline = load(folder, device, values.dtype)
     ways = STUDY if values.study else WAYS
@@ -77,16 +77,3 @@ def run(values: argparse.Namespace) -> int:
         save_json(values.json, {**report, "about": about})
         print(f"\n{values.json}")
     return 0
-
-
-def table(report: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table, one row per way of sampling: scores with 95 % intervals, then each task's share."""
-    tasks = list(next(iter(report.values()))["tasks"])
-    rows = [["sampling", "score", "against full", "invented", *tasks]]
-    for way, row in report.items():
-        gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(*row["against full"]) if "against full" in row else ""
-        score = "{:.3f} ({:.3f} to {:.3f})".format(row["score"], *row["interval"])
-        rows.append([way, score, gap, f"{row['invented']:.3f}", *(f"{row['tasks'][task]:.3f}" for task in tasks)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)

@@ -111,12 +111,12 @@ class Source:
         return Batch(*on, rows=height // 16, columns=width // 16)
 
     def levels(self, count: int) -> Tensor:
-        """(count,) noise levels, logit-normal, somewhat to the noisy side, where a picture's plan is decided.
+        """(count,) noise levels, logit-normal, to the noisy side, where a picture's plan is decided.
 
         Stratified: one level from each of count equally likely ranges, so that a batch shows them all.
         """
         share = (torch.randperm(count, generator=self.generator) + torch.rand(count, generator=self.generator)) / count
-        return torch.sigmoid(0.7 + 1.1 * torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4))).to(self.device)
+        return torch.sigmoid(1.2 + 1.1 * torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4))).to(self.device)
 
 
 def call(
