@@ -21,7 +21,7 @@ def server(tmp_path_factory):
     if not os.environ.get("COMFYUI_PATH"):
         pytest.skip("COMFYUI_PATH is not set: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI")
     sys.path.insert(0, str(Path(__file__).parent))
-    from server import Server
+    from own_server import Server
 
     server = Server(tmp_path_factory.mktemp("server"), os.environ["COMFYUI_PATH"])
     yield server

@@ -32,7 +32,7 @@ def page(tmp_path_factory):
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
         pytest.skip("chromium and chromedriver are not installed")
     sys.path.insert(0, str(Path(__file__).parent))
-    from server import Server
+    from own_server import Server
 
     server = Server(tmp_path_factory.mktemp("page"), os.environ["COMFYUI_PATH"])
     options = webdriver.ChromeOptions()

@@ -1,4 +1,4 @@
-"""A ComfyUI server of its own with a copy of the pack, over HTTP."""
+"""A ComfyUI server of its own with a copy of the pack, over HTTP. (ComfyUI itself has a module named server.)"""
 
 import json
 import os
