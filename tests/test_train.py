@@ -18,8 +18,10 @@ from rolling_diffusion.train.diffusion import (
     uniform_loss,
 )
 from rolling_diffusion.train.export import export, parts
+from rolling_diffusion.train.labels import Questions, labels
 from rolling_diffusion.train.text import LENGTH, clip_tokens, embed, lesson, new_encoders, t5_tokens, train_text
 from rolling_diffusion.train.vae import encode, linear_encoder, new_vae, pictures, train_decoder
+from rolling_diffusion.world.scene import COLOURS, KINDS, RADIUS, Scene, Thing
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +97,50 @@ def test_a_new_model_predicts_nothing_and_both_losses_have_gradients(source):
     model = new_transformer()
     batch = source.draw(128, 128, 2)
     expected = (batch.noise - batch.tokens).square().mean()
-    loss = uniform_loss(model, source, batch)
+    loss, chosen = uniform_loss(model, source, batch)
+    assert chosen is None
     assert torch.isclose(loss, expected, rtol=1e-3)
     for _ in range(12):  # draws whole canvases, memories and crops alike
         model.zero_grad()
-        rolling_loss(model, source, batch).backward()
+        rolling_loss(model, source, batch)[0].backward()
         grad = model.proj_out.weight.grad
         assert grad is not None and grad.isfinite().all() and grad.abs().max() > 0
+
+
+def test_levels_are_stratified(source):
+    levels = source.levels(1000)
+    quarters = torch.sigmoid(1.2 + 1.1 * torch.special.ndtri(torch.tensor([0.25, 0.5, 0.75])))
+    assert levels.sort().values[[250, 500, 750]].sub(quarters).abs().max() < 0.01
+    assert (levels.sort().values != levels).any()
+
+
+def test_labels_say_what_stands_at_a_token():
+    things = (Thing("star", "blue", 48, 32), Thing("ball", "red", 112, 96))
+    truth = labels([Scene(160, 128, "day", "snow", things)]).unflatten(1, (8, 10))[0]
+    assert truth.shape == (8, 10, 4)
+    kinds, colours = truth[..., 0].long(), truth[..., 1].long()
+    assert kinds[1, 2] == KINDS.index("star") + 1 and colours[1, 2] == list(COLOURS).index("blue") + 1
+    assert kinds[6, 7] == KINDS.index("ball") + 1 and colours[6, 7] == list(COLOURS).index("red") + 1
+    assert truth[1, 2, 2:].tolist() == pytest.approx([-8 / RADIUS, -8 / RADIUS])
+    assert (kinds > 0).sum() == 2 * 16 and torch.equal(kinds > 0, colours > 0)  # 52 pixels show 4 × 4 tokens' centres
+    assert truth[0, 9].tolist() == [0, 0, 0, 0]
+
+
+def test_questions_teach_the_middle_and_listen_to_every_kind_of_call(source):
+    model = new_transformer()
+    questions = Questions(model)
+    batch = source.draw(128, 128, 2)
+    uniform_loss(model, source, batch)
+    questions(batch.labels).backward()
+    assert model.transformer_blocks[0].attn.to_q.weight.grad is not None
+    assert model.single_transformer_blocks[-1].attn.to_q.weight.grad is None
+    seen = set()
+    for _ in range(8):
+        _, chosen = rolling_loss(model, source, batch)
+        part = batch.labels if chosen is None else batch.labels[:, chosen]
+        assert questions(part).isfinite()
+        seen.add(part.shape[1])
+    assert len(seen) > 1
 
 
 def test_transformer_training_learns_and_resumes(source, tmp_path, monkeypatch):

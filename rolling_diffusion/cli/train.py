@@ -27,6 +27,10 @@ def add_options(parser: Parser) -> None:
 def run(values: argparse.Namespace) -> int:
     if not values.uniform_minutes and not values.rolling_minutes:
         raise ValueError("--uniform-minutes and --rolling-minutes are both 0: there is nothing to train")
+    import torch
+
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"training needs torch 2.9 or newer, and this is torch {torch.__version__}")
     for folder in (values.output, values.work):
         try:
             folder.mkdir(parents=True, exist_ok=True)

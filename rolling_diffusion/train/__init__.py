@@ -1,4 +1,4 @@
-"""Training of the embedded model, end to end: autoencoder, text encoders, transformer. Needs the `train` extra."""
+"""Training of the embedded model, end to end: autoencoder, text encoders, transformer. Needs torch 2.9, for Muon."""
 
 from __future__ import annotations
 
