@@ -149,11 +149,13 @@ def test_transformer_training_learns_and_resumes(source, tmp_path, monkeypatch):
     monkeypatch.setattr("rolling_diffusion.train.diffusion.LATE", (1, 0, 0, 0, 0, 0))
     path = tmp_path / "uniform.safetensors"
     model = new_transformer()
-    train(model, source, path, "uniform", 0.05, log=lambda _: None)
+    train(model, Questions(model), source, path, "uniform", 0.05, log=lambda _: None)
     step = read(path)[1]["step"]
     assert step >= 1 and model.proj_out.weight.abs().max() > 0
     fresh = new_transformer(seed=1)
-    train(fresh, source, path, "uniform", 0.05, log=lambda _: None)  # its time is spent: it reads back and stops
+    train(
+        fresh, Questions(fresh), source, path, "uniform", 0.05, log=lambda _: None
+    )  # its time is spent: it reads back and stops
     assert read(path)[1]["step"] == step
     assert torch.equal(fresh.proj_out.weight, model.proj_out.weight)
 

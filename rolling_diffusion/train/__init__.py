@@ -34,6 +34,7 @@ def run(
 
     from .diffusion import Source, new_transformer, train
     from .export import export, parts
+    from .labels import Questions
     from .text import train_text
     from .vae import linear_encoder, new_vae, pictures, train_decoder
 
@@ -45,11 +46,13 @@ def run(
     else:
         vae, encoders, transformer = parts(start)
     nn.Module.to(transformer, device)
+    questions = Questions(transformer).to(device)
     for number, (stage, minutes) in enumerate({"uniform": uniform_minutes, "rolling": rolling_minutes}.items(), 1):
         if minutes:
             source = Source(linear_encoder(vae), encoders, seed + number, device)
             path = work / f"{stage}.safetensors"
-            train(transformer, source, path, stage, minutes, rate=2e-3 if number == 1 else 1e-3, log=log)
+            train(transformer, questions, source, path, stage, minutes, rate=2e-3 if number == 1 else 1e-3, log=log)
+    questions.hook.remove()
     train_decoder(vae, work / "decoder.safetensors", decoder_steps, seed=seed, log=log)
     nn.Module.to(transformer, "cpu")
     export(folder, transformer, *encoders, vae, rolling=rolling_minutes > 0)

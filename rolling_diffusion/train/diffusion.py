@@ -226,6 +226,7 @@ def remember(
 
 def train(
     model: nn.Module,
+    questions: Questions,
     source: Source,
     path: Path,
     stage: str,
@@ -241,7 +242,6 @@ def train(
     The rate is constant, then falls linearly from `decay_from` of the time on. sample(weights, name): called every 10
     minutes.
     """
-    questions = Questions(model).to(source.device)
     opts = [*optimisers(model), torch.optim.AdamW(questions.parameters(), lr=1.0, weight_decay=0.0)]
     average, step, spent = Average(model, 0.998), 0, 0.0
     if path.exists():
@@ -289,7 +289,6 @@ def train(
             sample(average.values, f"{stage}-{step}")
             last_sample = time.time()
     _save(path, model, questions, average, opts, step, 60 * minutes)
-    questions.hook.remove()
     model.load_state_dict(average.values)
     model.eval()
 
