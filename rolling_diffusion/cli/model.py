@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -131,6 +132,8 @@ def lora(text: str) -> tuple[str, float]:
 
 def quiet() -> None:
     """Keeps the libraries' own notes and bars off the terminal: what matters comes as an error."""
+    for name in ("torchao", "torch.utils._pytree"):  # torchao's import says what it cannot speed up, even when unused
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers
     import transformers
 

@@ -248,9 +248,9 @@ def explain(error: BaseException, what: str) -> str:
             "not set), or give a local folder or file"
         )
     if any(isinstance(link, ImportError) for link in chain):
-        found = re.search(r"pip install[\w .,=>\[\]\"'-]*|No module named '(\w+)'", text)
-        missing = found.group(0).strip() if found else str(error)
-        return f"{what} needs a package that is not installed: {missing.replace('No module named', 'pip install')}"
+        found = re.search(r"pip install[\w .,=>\[\]\"'-]*|No module named '(\w+)", text)
+        advice = f"pip install {found[1]}" if found and found[1] else found[0].strip() if found else str(error)
+        return f"{what} needs a package that is not installed: {advice}"
     if isinstance(error, (OSError, SafetensorError)) or "Error no file named" in text or "incomplete metadata" in text:
         return f"{what} is not whole: {_first_sentence(error)}"
     return f"{what} cannot be loaded: {_first_sentence(error)}"

@@ -68,8 +68,8 @@ def export(folder: Path, transformer: Any, t5: Any, clip: Any, vae: Any, *, roll
         tokenizer.save_pretrained(partial / name)
         # Releases of transformers name this class differently; all of them know the older name.
         _edit(partial / name / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    _edit(partial / "transformer" / "config.json", _class_name="FluxTransformer2DModel")
-    _edit(partial / "vae" / "config.json", block_out_channels=None)
+    _edit(partial / "transformer" / "config.json", _class_name="FluxTransformer2DModel", _name_or_path=None)
+    _edit(partial / "vae" / "config.json", block_out_channels=None, _name_or_path=None)
     card = CARD if rolling else {k: v for k, v in CARD.items() if k not in ("trained", "draft")}
     index = {
         "_class_name": "FluxPipeline",

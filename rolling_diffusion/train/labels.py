@@ -8,6 +8,7 @@ questions are thrown away after training: the model's parameters and its computa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from ..world.scene import COLOURS, KINDS, Scene
 
 TOKEN = 16  # pixels
-KIND, COLOUR = list(KINDS), list(COLOURS)
+KIND: list[str] = list(KINDS)
+COLOUR: list[str] = list(COLOURS)
 
 
 def labels(scenes: Sequence[Scene]) -> Tensor:
@@ -37,14 +39,14 @@ def labels(scenes: Sequence[Scene]) -> Tensor:
 class Questions(nn.Module):
     """Reads the image tokens of a transformer's middle block through a hook, and is asked about them afterwards."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Any) -> None:
         super().__init__()
-        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim  # type: ignore[union-attr]
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         self.head = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, len(KIND) + len(COLOUR) + 4)
         )
         blocks = transformer.single_transformer_blocks
-        self.hook = blocks[len(blocks) // 2 - 1].register_forward_hook(self._listen)  # type: ignore[operator, index]
+        self.hook = blocks[len(blocks) // 2 - 1].register_forward_hook(self._listen)
         self.states = torch.empty(0)
 
     def _listen(self, module: nn.Module, arguments: tuple, output: tuple[Tensor, Tensor]) -> None:
