@@ -46,7 +46,7 @@ def test_saved_folders_are_flux_pipelines_with_a_card(folder):
     assert type(stock.transformer) is FluxTransformer2DModel
     assert type(DiffusionPipeline.from_pretrained(folder)) is FluxPipeline
     assert torch.equal(call(pipe, true_cfg_scale=1.0, **LAG_0), call(stock))
-    fresh = quiet(RollingFluxPipeline(**parts(), rolling=CARD))  # its weights lie elsewhere in memory: same to a bit or two
+    fresh = quiet(RollingFluxPipeline(**parts(), rolling=CARD))  # its weights lie elsewhere in memory
     assert torch.allclose(call(pipe, **ROLL), call(fresh, **ROLL), atol=1e-4)
 
 
