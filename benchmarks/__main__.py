@@ -26,6 +26,8 @@ def euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """Euler's method, in the shape of k-diffusion's samplers: the same function runs plain and in the rollout."""
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i] * x.new_ones(x.shape[0]), **(extra_args or {}))
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
         x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
     return x
 
