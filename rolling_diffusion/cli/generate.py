@@ -167,8 +167,8 @@ def draw(
         bar.update(frame.tick + 1 - bar.n)
         together = len(frame.blocks) == len(plan.blocks)
         bar.set_description("all blocks" if together else f"block {frame.blocks[0].index + 1} of {len(plan.blocks)}")
+        begun.update(frame.blocks)  # in every tick: a block may come and go between two frames that are kept
         if frames is not None and frame.tick % max(1, -(-frame.total // MOST_FRAMES)) == 0:
-            begun.update(frame.blocks)
             frames.append(blank(pipeline.preview(frame), [block for block in plan.blocks if block not in begun]))
 
     with bar:
