@@ -7,7 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 GENERATE := $(VENV)/bin/rolling-diffusion generate
-DEMO_PROMPT := "a purple kite above a green house in daylight over green hills" --seed 3 --draft 5
+DEMO_PROMPT := "a purple kite above a green house in daylight over green hills" --seed 3
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help venv install demo test lint format bench checkout test-comfyui bench-comfyui clean
@@ -60,7 +60,7 @@ bench: $(STAMP)
 COMFYUI_PYTHON ?= $(PY)
 checkout: $(STAMP)
 	@test -f "$(COMFYUI_PATH)/main.py" || { \
-	  echo "COMFYUI_PATH must name a ComfyUI checkout: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI" >&2; exit 2; }
+	  echo "COMFYUI_PATH must name a ComfyUI checkout: make $(MAKECMDGOALS) COMFYUI_PATH=/path/to/ComfyUI" >&2; exit 2; }
 
 test-comfyui: checkout
 	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFYUI_PYTHON) -m pytest -rs --confcutdir=tests/comfyui tests/comfyui

@@ -29,17 +29,25 @@ FLUX = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}
 SMALL = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2}
 # The pipeline's defaults for FLUX.1-dev; a test holds that.
 WINDOW, OVERLAP, NATIVE, CAP, DRAFT = 64, 16, 4096, 8192, 0.25
+DRY_WINDOW = 16, 4
 
 
-def plan_for(width: int, height: int, way: dict[str, Any] | None, steps: int = STEPS) -> Plan:
+def plan_for(
+    width: int,
+    height: int,
+    way: dict[str, Any] | None,
+    steps: int = STEPS,
+    window: int = WINDOW,
+    overlap: int = OVERLAP,
+) -> Plan:
     """The plan that RollingFluxPipeline makes for FLUX.1-dev at its defaults; FluxPipeline's is one without a lag."""
     tokens = width * height // (2 * CELL) ** 2
     return make_plan(
         height // CELL,
         width // CELL,
         steps,
-        window=WINDOW,
-        overlap=OVERLAP,
+        window=window,
+        overlap=overlap,
         draft=round(DRAFT * steps),
         lookahead=None if tokens <= NATIVE else WINDOW,
         **({"lag": 0} if way is None else way),
@@ -136,9 +144,8 @@ class Bench:
 
     def run(self, width: int, height: int, way: dict[str, Any] | None) -> dict[str, float]:
         """Seconds (the second of two runs), GiB at the peak."""
-        pipe, more = (self.stock, {}) if way is None else (self.rolling, {"window": WINDOW, "overlap": OVERLAP, **way})
-        if self.dry and way is not None:
-            more |= {"window": 16, "overlap": 4}
+        window, overlap = DRY_WINDOW if self.dry else (WINDOW, OVERLAP)
+        pipe, more = (self.stock, {}) if way is None else (self.rolling, {"window": window, "overlap": overlap, **way})
 
         def once() -> float:
             start = time.perf_counter()
@@ -189,7 +196,7 @@ def table(found: dict[str, Any], dry: bool) -> str:
         "| canvas | sampling | mode | seconds | against FluxPipeline | predicted | of the matrix rate | GiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    shape, steps, text = (SMALL, 4, 16) if dry else (FLUX, STEPS, TEXT)
+    shape, steps, text, window = (SMALL, 4, 16, DRY_WINDOW) if dry else (FLUX, STEPS, TEXT, (WINDOW, OVERLAP))
     for key, row in found.items():
         if not isinstance(row, dict):
             continue
@@ -199,11 +206,7 @@ def table(found: dict[str, Any], dry: bool) -> str:
         if "seconds" not in row:
             lines.append(f"| {size} | {name} | {mode} | out of memory | | | | |")
             continue
-        plan = plan_for(width, height, WAYS[name], steps)
-        if dry and WAYS[name] is not None:
-            plan = make_plan(
-                height // CELL, width // CELL, steps, window=16, overlap=4, draft=round(DRAFT * steps), **WAYS[name]
-            )
+        plan = plan_for(width, height, WAYS[name], steps, *window)
         work = arithmetic(plan, shape, text)
         whole = arithmetic(plan_for(width, height, None, steps), shape, text)
         base = found.get(f"{size}, FluxPipeline, {mode}", {}).get("seconds")

@@ -16,7 +16,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "rolling": {},
     "autoregressive": {"lag": "autoregressive"},
 }
-# What --study adds: each memory on and off, drafts, the text's noise level. Lags are in ticks, of 20 steps.
+# What --study adds: each memory on and off, lags, drafts (ticks of 20 steps), the text's noise level.
 STUDY: dict[str, dict[str, Any]] = {
     **WAYS,
     "rolling, finished only": {"lookahead": 0},
@@ -25,8 +25,9 @@ STUDY: dict[str, dict[str, Any]] = {
     "autoregressive, finished only": {"lag": "autoregressive", "lookahead": 0},
     "autoregressive, waiting only": {"lag": "autoregressive", "attention_persistence": 0.0},
     "autoregressive, no memory": {"lag": "autoregressive", "lookahead": 0, "attention_persistence": 0.0},
+    "rolling, lag 2": {"lag": 2},
+    "rolling, lag 4": {"lag": 4},
     "rolling, no draft": {"draft": 0},
-    "rolling, draft of 25 %": {"draft": 5},
     "rolling, draft of 50 %": {"draft": 10},
     "rolling, text at mean level": {"text_level": "mean"},
     "rolling, text at least level": {"text_level": "min"},

@@ -80,8 +80,8 @@ def test_each_picture_of_a_batch_can_be_made_alone(here, model):
 
 def test_the_animation_grows_in_order_and_ends_in_the_picture(here, model):
     files = ("-o", "one.png", "--animation", "one.webp", "--report", "one.json")
-    lag = ("--lag", "autoregressive")
-    assert main(["generate", PROMPT, *TINY, *lag, "--model", model, *files]) == 0
+    apart = ("--lag", "autoregressive", "--draft", "0")
+    assert main(["generate", PROMPT, *TINY, *apart, "--model", model, *files]) == 0
     with Image.open("one.webp") as image:
         frames = [np.asarray(frame.convert("RGB")).astype(int) for frame in ImageSequence.Iterator(image)]
     assert np.abs(frames[-1] - pixels("one.png")).mean() < 8  # WebP is lossy
@@ -92,6 +92,17 @@ def test_the_animation_grows_in_order_and_ends_in_the_picture(here, model):
     assert report["cost"]["ticks"] == plan.ticks and report["plan"]["lag"] == 3
     assert report["pictures"][0]["file"] == "one.png" and report["pictures"][0]["seconds"] > 0
     assert report["settings"]["prompt"] == PROMPT
+
+
+def test_a_block_that_came_and_went_between_two_kept_frames_is_not_left_blank(here, model, monkeypatch):
+    kept = []
+    monkeypatch.setattr(generate, "MOST_FRAMES", 2)
+    monkeypatch.setattr(generate, "save_animation", lambda path, frames: kept.extend(frames))
+    apart = ("--lag", "autoregressive", "--draft", "0", "--animation", "one.gif")
+    assert main(["generate", PROMPT, *TINY, *apart, "--model", model, "-o", "one.png"]) == 0
+    second, third, last = np.split(np.asarray(kept[1])[16:], 3)  # at tick 6 of 12: two strips done, the third begun
+    assert not (second == generate.PAPER).all(-1).any() and not (third == generate.PAPER).all(-1).all()
+    assert (last == generate.PAPER).all()
 
 
 def test_heun_s_plan_counts_its_ticks(here, model):

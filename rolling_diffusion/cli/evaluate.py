@@ -25,7 +25,7 @@ def add_options(parser: Parser) -> None:
     add("--cfg", type=decimal(0), metavar="SCALE", help="(default: the model's own)")
     add("--width", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
     add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
-    add("--study", action="store_true", help="more ways: each memory on and off, drafts, the text's noise level")
+    add("--study", action="store_true", help="more ways: each memory on and off, lags, drafts, text level")
     add("--batch", type=whole_number(1), default=8, metavar="N", help="pictures at a time (default: 8)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dtype", type=name_in(DTYPES), default="auto", metavar="NAME", help=f"{', '.join(DTYPES)} (default: auto)")

@@ -77,7 +77,6 @@ def load_model(folder: Path) -> Any:
     model_config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, dtypes))
     model = model_config.get_model(state, "")
     model.load_model_weights(state, "")
-    model.trained_to_roll = True
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
 
 

@@ -30,7 +30,7 @@ EXTRAS: dict[str, Any] = {
     "draft": ("INT", {
         "default": -1, "min": -1, "max": 9999,
         "tooltip": "Steps that the whole canvas takes together before the blocks part. More draft, more coherence. "
-        "-1 is a quarter of the steps, and none for the embedded model, which was trained to roll."}),
+        "-1 is a quarter of the steps."}),
     "lookahead": ("INT", {
         "default": -1, "min": -1, "max": 16384, "step": 1,
         "tooltip": "Cells ahead that blocks still waiting are attended to (Flux). -1 is the whole canvas, 0 none."}),

@@ -21,16 +21,12 @@ from .windows import WindowDenoiser
 if TYPE_CHECKING:
     from ..core.order import Block
 
-DRAFT = 0.25  # share of the steps, for models that were not trained to roll; the same as the pipeline's
+DRAFT = 0.25  # share of the steps; the same as the pipeline's
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the nodes ask for. Sizes in cells; lookahead -1 is the whole canvas, memory_cap 0 is no cap.
-
-    draft -1 is a quarter of the steps: what a model wants that never saw blocks at different noise. One that was
-    trained to roll wants none.
-    """
+    """What the nodes ask for, in cells. draft -1: a quarter of the steps; lookahead -1: all; memory_cap 0: no cap."""
 
     order: str = "top-to-bottom"
     window: int = 64
@@ -42,9 +38,9 @@ class Settings:
     memory_cap: int = 0
     seed: int = 0
 
-    def plan(self, height: int, width: int, steps: int, multiple: int = 1, trained: bool = False) -> Plan:
+    def plan(self, height: int, width: int, steps: int, multiple: int = 1) -> Plan:
         """The plan for a canvas in cells; its far edges are rounded up to whole tokens. ValueError as make_plan's."""
-        own = 0 if trained else min(round(DRAFT * steps), steps - 1)
+        own = min(round(DRAFT * steps), steps - 1)
         return make_plan(
             -(-height // multiple) * multiple,
             -(-width // multiple) * multiple,
@@ -124,8 +120,7 @@ class _Run:
         flux = self._per_block_noise()
         inner = guider.inner_model.diffusion_model if flux else None
         multiple = inner.patch_size if inner is not None else 1
-        trained = getattr(guider.inner_model, "trained_to_roll", False)
-        self.plan = settings.plan(*noise.shape[-2:], len(sigmas) - 1, multiple, trained)
+        self.plan = settings.plan(*noise.shape[-2:], len(sigmas) - 1, multiple)
         arguments = guider, extra_args.get("model_options", {}), self.seed, noise, self.latent
         if flux:
             self.canvas: FluxDenoiser | WindowDenoiser = FluxDenoiser(

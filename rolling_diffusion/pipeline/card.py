@@ -14,7 +14,7 @@ class Card:
     """A model's own defaults. Those here are FLUX.1-dev's: a model that never saw staggered noise.
 
     trained              whether it was trained for rolling
-    draft                share of the steps that all blocks take together; None: 0 if trained, else a quarter
+    draft                share of the steps that all blocks take together
     text_level           noise level that the text takes: "max", "mean" or "min" of the levels in the call
     context_noise        noise level of the blocks that are committed to memory
     size                 pixels a side
@@ -28,7 +28,7 @@ class Card:
     """
 
     trained: bool = False
-    draft: float | None = None
+    draft: float = 0.25
     text_level: str = "max"
     context_noise: float = 0.0
     size: int = 1024
@@ -50,7 +50,7 @@ class Card:
             need(_is_whole(getattr(self, name)) and getattr(self, name) > 0, name, "a whole number above 0")
         need(isinstance(self.trained, bool), "trained", "true or false")
         need(self.text_level in TEXT_LEVELS, "text_level", f"one of {', '.join(TEXT_LEVELS)}")
-        need(self.draft is None or _is_share(self.draft), "draft", "a share from 0 to below 1, or null")
+        need(_is_share(self.draft), "draft", "a share from 0 to below 1")
         need(_is_share(self.context_noise), "context_noise", "a level from 0 to below 1")
         need(_is_number(self.guidance) and self.guidance >= 0, "guidance", "a number of at least 0")
         need(self.cfg is None or (_is_number(self.cfg) and self.cfg >= 0), "cfg", "a number of at least 0, or null")
@@ -72,8 +72,7 @@ class Card:
 
     def draft_steps(self, steps: int) -> int:
         """Draft steps of so many steps."""
-        share = self.draft if self.draft is not None else 0.0 if self.trained else 0.25
-        return min(round(share * steps), steps - 1)
+        return min(round(self.draft * steps), steps - 1)
 
     def window_for(self, span: int, multiple: int) -> tuple[int, int]:
         """Window and overlap (cells) for a canvas that spans so many cells along the order."""

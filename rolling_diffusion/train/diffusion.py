@@ -116,7 +116,7 @@ class Source:
         Stratified: one level from each of count equally likely ranges, so that a batch shows them all.
         """
         share = (torch.randperm(count, generator=self.generator) + torch.rand(count, generator=self.generator)) / count
-        return torch.sigmoid(1.2 + 1.1 * torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4))).to(self.device)
+        return torch.sigmoid(1.6 + 1.1 * torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4))).to(self.device)
 
 
 def call(
@@ -149,7 +149,7 @@ def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor
     rng = source.rng
     h, w = 2 * batch.rows, 2 * batch.columns
     steps = 24
-    draft = int(rng.choice([0, 0, 4, 6, 12]))
+    draft = int(rng.choice([0, 4, 6, 6, 12]))
     order = str(rng.choice(ORDERS, p=[0.35, *[0.65 / (len(ORDERS) - 1)] * (len(ORDERS) - 1)]))
     window = 2 * int(rng.integers(4, max(h, w) // 2 + 1))
     thick = 2 * int(rng.integers(2, max(3, window // 4 + 1)))

@@ -31,7 +31,7 @@ HELD_OUT = frozenset(
     }
 )
 RADIUS = 26.0  # pixels from an object's centre to the edge of its box; the same on every canvas
-GRID = 16  # pixels: centres stand on a grid as coarse as the model's tokens, so that each object is drawn in one way
+GRID = 32  # pixels: centres stand on a grid, two to an object, so that few places look alike under noise
 MARGIN = 32.0  # pixels that a centre keeps from the picture's edge
 APART = 64.0  # pixels between two centres at least: objects never touch
 
