@@ -43,7 +43,9 @@ def page(tmp_path_factory):
     browser.set_script_timeout(120)
     browser.server = server
     try:
-        server.post("/api/settings", {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.0.0"})
+        known = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.0.0", "Comfy.VueNodes.Enabled": False,
+                 "Comfy.Minimap.Visible": False}  # fmt: skip
+        server.post("/api/settings", known)
         browser.get(server.url)
         wait(browser, "return !!(window.app && window.app.graph && window.LiteGraph.registered_node_types.KSampler)")
         yield browser
@@ -113,5 +115,36 @@ def test_a_workflow_queued_from_the_page_ends_with_a_picture(page):
     assert entry and entry["status"]["status_str"] == "success", entry
     assert any(output.get("images") for output in entry["outputs"].values())
     wait(page, "return window.app.graph._nodes.some(n => n.type === 'SaveImage' && n.imgs && n.imgs.length)", 30)
-    time.sleep(1)
+    page.execute_script("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    time.sleep(2)
     shot(page, "workflow")
+
+
+def test_tooltips_and_the_help_page_open(page):
+    """The mouse rests on a widget; the selected node's info button is pressed."""
+    from selenium.webdriver import ActionChains
+
+    x, y = page.execute_script("""
+        window.app.graph.clear();
+        const node = window.LiteGraph.createNode('AutoregressiveRollingDiffusionSampler');
+        window.app.graph.add(node);
+        const {canvas, ds} = window.app.canvas;
+        ds.scale = 1;
+        [ds.offset[0], ds.offset[1]] = [500 - node.pos[0], 250 - node.pos[1]];
+        window.app.canvas.draw(true, true);
+        const {left, top} = canvas.getBoundingClientRect();
+        const row = node.widgets.find(w => w.name === 'rolling_overlap');
+        return [left + 500 + node.size[0] / 2, top + 250 + (row.last_y ?? row.y) + 8];""")
+    mouse = ActionChains(page)
+    mouse.w3c_actions.pointer_action.move_to_location(int(x) - 3, int(y))
+    mouse.w3c_actions.pointer_action.pause(0.2)
+    mouse.w3c_actions.pointer_action.move_to_location(int(x), int(y))
+    mouse.perform()
+    tip = wait(page, "return document.querySelector('.node-tooltip')?.innerText", 20)
+    assert tip.startswith("Cells that the window keeps when it moves on")
+    shot(page, "tooltip")
+    page.execute_script("window.app.canvas.selectNode(window.app.graph._nodes[0])")
+    wait(page, "return document.querySelector('[data-testid=info-button]')", 20)
+    page.find_element("css selector", "[data-testid=info-button]").click()
+    assert wait(page, "return document.body.innerText.includes('KSampler, with the picture generated in an order')", 20)
+    shot(page, "help")
