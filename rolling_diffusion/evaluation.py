@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .world.score import APART, TASKS, Prompt, Verdict, difference, judge, make_prompts, summary
+from .world.score import APART, TASKS, Prompt, Verdict, difference, judge, make_prompts, more_invented, summary
 
 # What `rolling-diffusion evaluate` compares: keyword arguments of the pipeline.
 WAYS: dict[str, dict[str, Any]] = {
@@ -16,15 +16,21 @@ WAYS: dict[str, dict[str, Any]] = {
     "rolling": {},
     "autoregressive": {"lag": "autoregressive"},
 }
-# What --study adds: each memory on and off, lags, drafts (ticks of 20 steps), the text's noise level.
+# `--study memory`: each memory on and off where it counts most, at the largest lag.
+MEMORY: dict[str, dict[str, Any]] = {
+    "full": WAYS["full"],
+    "autoregressive": WAYS["autoregressive"],
+    "autoregressive, finished only": {"lag": "autoregressive", "lookahead": 0},
+    "autoregressive, waiting only": {"lag": "autoregressive", "attention_persistence": 0.0},
+    "autoregressive, no memory": {"lag": "autoregressive", "lookahead": 0, "attention_persistence": 0.0},
+}
+# `--study all`: also when rolling; lags, drafts (ticks of 20 steps), the text's noise level.
 STUDY: dict[str, dict[str, Any]] = {
     **WAYS,
     "rolling, finished only": {"lookahead": 0},
     "rolling, waiting only": {"attention_persistence": 0.0},
     "rolling, no memory": {"lookahead": 0, "attention_persistence": 0.0},
-    "autoregressive, finished only": {"lag": "autoregressive", "lookahead": 0},
-    "autoregressive, waiting only": {"lag": "autoregressive", "attention_persistence": 0.0},
-    "autoregressive, no memory": {"lag": "autoregressive", "lookahead": 0, "attention_persistence": 0.0},
+    **MEMORY,
     "rolling, lag 2": {"lag": 2},
     "rolling, lag 4": {"lag": 4},
     "rolling, no draft": {"draft": 0},
@@ -56,7 +62,7 @@ def evaluate(
     common: Mapping[str, Any] | None = None,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """For each way of sampling: `summary` of the verdicts, and how far it lies above "full" on the same pictures.
+    """For each way of sampling: `summary` of the verdicts, and how far it lies above "full" on the same prompts.
 
     count: prompts over the six tasks; a sixth as many relations follow, and held_out compositions never trained.
     common: keyword arguments of every call of the pipeline, such as width, height and steps.
@@ -79,17 +85,21 @@ def evaluate(
             reference = main
         if reference is not None:
             report[name]["against full"] = difference(main, reference)
+            report[name]["invented against full"] = more_invented(main, reference)
     return report
 
 
 def table(report: Mapping[str, Mapping[str, Any]]) -> str:
-    """The report as a Markdown table: scores, differences (both with 95 % intervals), invented objects, tasks."""
+    """The report as a Markdown table: scores, differences from full (95 % intervals), invented objects, tasks."""
     tasks = [t for t in (*TASKS, *APART) if any(t in row["tasks"] for row in report.values())]
     rows = [["sampling", "score", "against full", "invented", *tasks]]
     for name, row in report.items():
         score = "{:.3f} ({:.3f} to {:.3f})".format(row["score"], *row["interval"])
         gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(*row["against full"]) if "against full" in row else ""
-        rows.append([name, score, gap, f"{row['invented']:.3f}", *(f"{row['tasks'][t]:.2f}" for t in tasks)])
+        invented = f"{row['invented']:.3f}"
+        if "invented against full" in row:
+            invented += ", {:+.3f} ({:+.3f} to {:+.3f})".format(*row["invented against full"])
+        rows.append([name, score, gap, invented, *(f"{row['tasks'][t]:.2f}" for t in tasks)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)

@@ -22,7 +22,17 @@ from rolling_diffusion.world.scene import (
     is_related,
     random_scene,
 )
-from rolling_diffusion.world.score import APART, TASKS, difference, interval, judge, make_prompt, make_prompts, summary
+from rolling_diffusion.world.score import (
+    APART,
+    TASKS,
+    difference,
+    interval,
+    judge,
+    make_prompt,
+    make_prompts,
+    more_invented,
+    summary,
+)
 
 
 def illustrate(prompt, rng, width=256, height=256):
@@ -147,6 +157,9 @@ def test_intervals_hold_their_shares():
     wrong = [judge(p, render(Scene(256, 256, "day", "sand", ()))) for p in prompts]
     mean, low, high = difference(right, wrong)
     assert mean == low == high == 1.0
+    extra = [replace(v, found=v.found + 1, invented=v.invented + 1) for v in right]  # one more object in each picture
+    mean, low, high = more_invented(extra, right)
+    assert mean == pytest.approx(len(right) / sum(v.found for v in extra)) and 0 < low <= mean <= high < 1
 
 
 def test_prompts_are_the_same_for_the_same_seed():

@@ -25,7 +25,8 @@ def add_options(parser: Parser) -> None:
     add("--cfg", type=decimal(0), metavar="SCALE", help="(default: the model's own)")
     add("--width", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
     add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
-    add("--study", action="store_true", help="more ways: each memory on and off, lags, drafts, text level")
+    what = "more ways: memory (each kind on and off), or all (also lags, drafts, the text's noise level; the default)"
+    add("--study", nargs="?", const="all", type=name_in(("all", "memory")), metavar="WHICH", help=what)
     add("--batch", type=whole_number(1), default=8, metavar="N", help="pictures at a time (default: 8)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     add("--dtype", type=name_in(DTYPES), default="auto", metavar="NAME", help=f"{', '.join(DTYPES)} (default: auto)")
@@ -43,10 +44,10 @@ def run(values: argparse.Namespace) -> int:
     folder = locate(values.model)
     from tqdm import tqdm
 
-    from ..evaluation import STUDY, WAYS, evaluate, table
+    from ..evaluation import MEMORY, STUDY, WAYS, evaluate, table
 
     pipeline = load(folder, device, values.dtype)
-    ways = STUDY if values.study else WAYS
+    ways = {"all": STUDY, "memory": MEMORY, None: WAYS}[values.study]
     started = time.perf_counter()
     with tqdm(unit="picture", leave=False, disable=None) as bar:
 

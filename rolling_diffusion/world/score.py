@@ -142,3 +142,18 @@ def difference(
     picks = np.random.default_rng(seed).integers(len(gap), size=(draws, len(gap)))
     low, high = np.quantile(gap[picks].mean(1), [0.025, 0.975])
     return float(gap.mean()), float(low), float(high)
+
+
+def more_invented(
+    a: Sequence[Verdict], b: Sequence[Verdict], seed: int = 0, draws: int = 2000
+) -> tuple[float, float, float]:
+    """(difference, low, high) of a's share of invented objects minus b's, likewise."""
+
+    def share(verdicts: Sequence[Verdict], picks: np.ndarray) -> np.ndarray:
+        counts = np.array([(v.invented, v.found) for v in verdicts])[picks].sum(1)
+        return counts[:, 0] / np.maximum(counts[:, 1], 1)
+
+    everyone = np.arange(len(a))[None]
+    picks = np.random.default_rng(seed).integers(len(a), size=(draws, len(a)))
+    low, high = np.quantile(share(a, picks) - share(b, picks), [0.025, 0.975])
+    return float((share(a, everyone) - share(b, everyone))[0]), float(low), float(high)
