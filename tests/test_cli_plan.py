@@ -1,6 +1,9 @@
 """`rolling-diffusion plan`, and the settings that every command shares."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -117,3 +120,13 @@ def test_a_misspelled_command_is_named(capsys):
 def test_no_command_shows_the_help(capsys):
     assert main([]) == 0
     assert "plan" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_left_is_no_traceback():
+    """As in `rolling-diffusion plan | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    program = "from rolling_diffusion.cli import main; raise SystemExit(main(['plan']))"
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -32,7 +33,10 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; returns its exit code: 0, 1 out of memory, 2 after bad input, 130 after Ctrl-C."""
+    """Runs the program; returns its exit code: 0, 1 out of memory, 2 after bad input, 130 after Ctrl-C.
+
+    Where the reader of its output has left, as `head` does, it ends quietly with 1.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     if not argv:
@@ -42,7 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"there is no command {argv[0]!r}{nearest(argv[0], COMMANDS)}: choose from {', '.join(COMMANDS)}")
     try:
         values = parser.strict(argv)
-        return values.run(values)
+        code = values.run(values)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes, and fails, once more
+        return 1
     except ValueError as error:
         return fail(str(error))
     except RuntimeError as error:
