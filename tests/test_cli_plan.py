@@ -40,7 +40,8 @@ def test_the_default_run_rolls(capsys, tmp_path):
     file = tmp_path / "plan.json"
     said(capsys, "--json", str(file))
     plan = json.loads(file.read_text())["plan"]
-    assert (plan["height"], plan["width"], plan["window"], plan["overlap"], plan["lag"]) == (32, 32, 16, 8, 10)
+    names = ("height", "width", "window", "overlap", "draft", "lag")
+    assert tuple(plan[name] for name in names) == (32, 32, 16, 8, 5, 8)
 
 
 def test_another_model_brings_its_own_habits(capsys):
@@ -93,7 +94,7 @@ def test_the_picture_shows_the_plan_and_keeps_its_settings(capsys, tmp_path):
         (["--persistence", "1.5"], ["--persistence", "from 0 to 1"]),
         (["--persistence", "nan"], ["--persistence", "from 0 to 1"]),
         (["--lag", "fast"], ["--lag", "'autoregressive'"]),
-        (["--lag", "21"], ["lag is 21", "from 0 to 20"]),
+        (["--lag", "21"], ["lag is 21", "from 0 to 15"]),
         (["--ordre", "raster"], ["no option --ordre", "did you mean '--order'?"]),
         (["raster"], ["no use for 'raster'"]),
         (["-o", "/nowhere/plan.png"], ["/nowhere/plan.png", "no folder /nowhere"]),
