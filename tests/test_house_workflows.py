@@ -1,6 +1,7 @@
 """The example workflows: prompts that the embedded model knows, and a thumbnail for each."""
 
 import json
+import uuid
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ def test_the_mission_s_two_and_three_more_ship():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_prompts_for_the_embedded_model_hold_words_that_it_knows(path):
-    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    assert uuid.UUID(workflow["id"])  # or ComfyUI's page shows an alert
+    nodes = workflow["nodes"]
     kinds = {node["type"] for node in nodes}
     assert path.with_suffix(".jpg").is_file()
     if "LoadEmbeddedRollingModel" not in kinds:

@@ -109,7 +109,7 @@ def test_a_new_model_predicts_nothing_and_both_losses_have_gradients(source):
 
 def test_levels_are_stratified(source):
     levels = source.levels(1000)
-    quarters = torch.sigmoid(1.2 + 1.1 * torch.special.ndtri(torch.tensor([0.25, 0.5, 0.75])))
+    quarters = torch.sigmoid(1.6 + 1.1 * torch.special.ndtri(torch.tensor([0.25, 0.5, 0.75])))
     assert levels.sort().values[[250, 500, 750]].sub(quarters).abs().max() < 0.01
     assert (levels.sort().values != levels).any()
 

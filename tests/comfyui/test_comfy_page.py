@@ -118,6 +118,7 @@ def test_a_workflow_queued_from_the_page_ends_with_a_picture(page):
     page.execute_script("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     time.sleep(2)
     shot(page, "workflow")
+    assert "Invalid workflow" not in page.execute_script("return document.body.innerText")
 
 
 def test_tooltips_and_the_help_page_open(page):
