@@ -24,7 +24,7 @@ MEMORY: dict[str, dict[str, Any]] = {
     "autoregressive, waiting only": {"lag": "autoregressive", "attention_persistence": 0.0},
     "autoregressive, no memory": {"lag": "autoregressive", "lookahead": 0, "attention_persistence": 0.0},
 }
-# `--study all`: also when rolling; lags, drafts (ticks of 20 steps), the text's noise level.
+# `--study all`: also when rolling; lags, drafts (ticks of 20 steps), the noise levels of the text and of memory.
 STUDY: dict[str, dict[str, Any]] = {
     **WAYS,
     "rolling, finished only": {"lookahead": 0},
@@ -37,6 +37,7 @@ STUDY: dict[str, dict[str, Any]] = {
     "rolling, draft of 50 %": {"draft": 10},
     "rolling, text at mean level": {"text_level": "mean"},
     "rolling, text at least level": {"text_level": "min"},
+    "rolling, context noise 0.05": {"context_noise": 0.05},
     "rolling, spiral-out": {"order": "spiral-out"},
 }
 FAR = 1_000_000  # picture seeds start here, far from those that training used
