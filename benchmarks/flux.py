@@ -49,7 +49,7 @@ def plan_for(
         window=window,
         overlap=overlap,
         draft=round(DRAFT * steps),
-        lookahead=None if tokens <= NATIVE else WINDOW,
+        lookahead=None if tokens <= NATIVE else window,
         **({"lag": 0} if way is None else way),
     )
 

@@ -25,7 +25,7 @@ def add_options(parser: Parser) -> None:
     add("--cfg", type=decimal(0), metavar="SCALE", help="(default: the model's own)")
     add("--width", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
     add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
-    what = "more ways: memory (each kind on and off), or all (also lags, drafts, the text's noise level; the default)"
+    what = "more ways: memory (each kind on and off), or all (also lags, drafts, noise levels; the default)"
     add("--study", nargs="?", const="all", type=name_in(("all", "memory")), metavar="WHICH", help=what)
     add("--batch", type=whole_number(1), default=8, metavar="N", help="pictures at a time (default: 8)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")

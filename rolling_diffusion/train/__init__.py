@@ -22,7 +22,7 @@ def run(
     seed: int = 0,
     log: Callable[[str], object] = print,
 ) -> None:
-    """Trains everything and writes a model folder. work: checkpoints and sample grids; a killed run resumes from them.
+    """Trains everything and writes a model folder. work: checkpoints; a killed run resumes from them.
 
     The stages: text encoders, then the transformer on uniform noise and on the states of rolling, then the decoder,
     which nothing else waits for. With rolling_minutes 0 the folder holds a model that never saw staggered noise.

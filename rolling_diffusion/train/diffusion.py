@@ -234,13 +234,11 @@ def train(
     *,
     rate: float = 2e-3,
     decay_from: float = 0.75,
-    sample=None,
     log=print,
 ) -> None:
     """Trains one stage, "uniform" or "rolling", for minutes of wall-clock; saves to path; resumes from it.
 
-    The rate is constant, then falls linearly from `decay_from` of the time on. sample(weights, name): called every 10
-    minutes.
+    The rate is constant, then falls linearly from `decay_from` of the time on.
     """
     opts = [*optimisers(model), torch.optim.AdamW(questions.parameters(), lr=1.0, weight_decay=0.0)]
     average, step, spent = Average(model, 0.998), 0, 0.0
@@ -255,7 +253,7 @@ def train(
         source.rng, source.generator = np.random.default_rng(step), torch.Generator().manual_seed(step)
     model.train()
     started = time.time() - spent
-    last_log, last_sample, losses, seen = time.time(), time.time(), np.zeros((0, 2)), 0
+    last_log, losses, seen = time.time(), np.zeros((0, 2)), 0
     while (elapsed := time.time() - started) < 60 * minutes:
         progress = elapsed / (60 * minutes)
         shares = np.array(LATE if stage == "rolling" or progress > 0.3 else EARLY)
@@ -285,9 +283,6 @@ def train(
             )
             last_log, losses, seen = time.time(), np.zeros((0, 2)), 0
             _save(path, model, questions, average, opts, step, elapsed)
-        if sample is not None and time.time() - last_sample > 600:
-            sample(average.values, f"{stage}-{step}")
-            last_sample = time.time()
     _save(path, model, questions, average, opts, step, 60 * minutes)
     model.load_state_dict(average.values)
     model.eval()

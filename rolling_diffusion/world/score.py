@@ -7,7 +7,7 @@ picture's invented objects, those that its prompt does not name, are counted bes
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,9 +139,7 @@ def difference(
 ) -> tuple[float, float, float]:
     """(mean, low, high) of a's share of right pictures minus b's, on the same prompts; 95 % by bootstrap."""
     gap = np.array([x.right for x in a], float) - np.array([x.right for x in b], float)
-    picks = np.random.default_rng(seed).integers(len(gap), size=(draws, len(gap)))
-    low, high = np.quantile(gap[picks].mean(1), [0.025, 0.975])
-    return float(gap.mean()), float(low), float(high)
+    return _bootstrap(lambda picks: gap[picks].mean(1), len(gap), seed, draws)
 
 
 def more_invented(
@@ -153,7 +151,13 @@ def more_invented(
         counts = np.array([(v.invented, v.found) for v in verdicts])[picks].sum(1)
         return counts[:, 0] / np.maximum(counts[:, 1], 1)
 
-    everyone = np.arange(len(a))[None]
-    picks = np.random.default_rng(seed).integers(len(a), size=(draws, len(a)))
-    low, high = np.quantile(share(a, picks) - share(b, picks), [0.025, 0.975])
-    return float((share(a, everyone) - share(b, everyone))[0]), float(low), float(high)
+    return _bootstrap(lambda picks: share(a, picks) - share(b, picks), len(a), seed, draws)
+
+
+def _bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int, draws: int
+) -> tuple[float, float, float]:
+    """(value, low, high), 95 %, of a statistic that takes rows of picture indices and gives a value a row."""
+    picks = np.random.default_rng(seed).integers(count, size=(draws, count))
+    low, high = np.quantile(statistic(picks), [0.025, 0.975])
+    return float(statistic(np.arange(count)[None])[0]), float(low), float(high)
