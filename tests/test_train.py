@@ -3,24 +3,24 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from rolling_diffusion.train.checkpoint import read, write
+from rolling_diffusion.train.checkpoint import Average, read, write
 from rolling_diffusion.train.diffusion import (
     CANVASES,
     Source,
     new_transformer,
-    pack_cells,
-    positions,
     rolling_loss,
     train,
     uniform_loss,
 )
 from rolling_diffusion.train.export import export, parts
 from rolling_diffusion.train.labels import Questions, labels
+from rolling_diffusion.train.samples import PROMPTS, Samples
 from rolling_diffusion.train.text import LENGTH, clip_tokens, embed, lesson, new_encoders, t5_tokens, train_text
-from rolling_diffusion.train.vae import encode, linear_encoder, new_vae, pictures, train_decoder
+from rolling_diffusion.train.vae import decode, encode, linear_encoder, new_vae, pictures, train_decoder
 from rolling_diffusion.world.scene import COLOURS, KINDS, RADIUS, Scene, Thing
 
 
@@ -44,6 +44,16 @@ def test_the_tiny_autoencoder_computes_the_principal_components(vae):
     assert by_network.shape == (2, 16, 32, 32)
     assert (by_network - by_hand).abs().max() < 1e-4
     assert 0.2 < by_hand.std() < 1.0
+
+
+def test_the_linear_decoder_gives_the_nearest_pictures(vae):
+    x, linear = pictures(np.random.default_rng(1), 2, 64, 128), linear_encoder(vae)
+    z = encode(x, *linear)
+    y = decode(z, *linear)
+    assert y.shape == x.shape and y.min() >= 0 and y.max() <= 1
+    assert (y - x).abs().mean() < 0.03  # edges blur
+    grey = torch.full((1, 3, 8, 16), 0.5)
+    assert (encode(decode(encode(grey, *linear), *linear), *linear) - encode(grey, *linear)).abs().max() < 1e-3
 
 
 def test_decoder_training_lowers_its_error_and_resumes(vae, tmp_path):
@@ -83,14 +93,6 @@ def test_text_training_reads_back_what_it_wrote(tmp_path):
     one, two = (embed(*encoders, ["a red ball at night", ""]) for encoders in (trained, again))
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     assert not torch.equal(one[0][0], one[0][1])
-
-
-def test_tokens_lie_in_flux_order():
-    latents = torch.arange(16 * 4 * 6).reshape(1, 16, 4, 6).float()
-    tokens = pack_cells(latents)
-    ids = positions(2, 3)
-    assert tokens.shape == (1, 6, 64) and ids.tolist()[4] == [0, 1, 1]
-    assert tokens[0, 4, :4].tolist() == latents[0, 0, 2:4, 2:4].flatten().tolist()
 
 
 def test_a_new_model_predicts_nothing_and_both_losses_have_gradients(source):
@@ -182,3 +184,24 @@ def test_an_exported_model_can_be_trained_further(vae, tmp_path):
     assert torch.equal(linear_encoder(again_vae)[0], linear_encoder(vae)[0])
     with pytest.raises(ValueError, match="holds no vae"):
         parts(tmp_path)
+
+
+def test_sample_grids_show_the_averaged_weights_and_leave_training_as_it_was(vae, source, tmp_path, monkeypatch):
+    monkeypatch.setattr("rolling_diffusion.train.samples.PROMPTS", PROMPTS[:1])
+    model = new_transformer()
+    questions, samples = Questions(model), Samples(model, source.encoders, vae)
+    average = Average(model, 0.9)
+    samples(tmp_path / "new.png")
+    with torch.no_grad():
+        model.proj_out.weight.normal_(0, 0.1)
+    own = model.proj_out.weight.clone()
+    with average.instead_of(model):
+        samples(tmp_path / "averaged.png")
+    samples(tmp_path / "own.png")
+    assert torch.equal(model.proj_out.weight, own)
+    new, averaged, other = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("new", "averaged", "own"))
+    assert new.shape == (512, 256, 3) and new.std() > 0
+    assert (new == averaged).all() and not (new == other).all()
+    batch = source.draw(128, 128, 1)  # a grid in between does not disturb the questions
+    uniform_loss(model, source, batch)
+    assert questions(batch.labels).isfinite()

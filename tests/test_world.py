@@ -20,6 +20,7 @@ from rolling_diffusion.world.scene import (
     arrange,
     is_at,
     is_related,
+    places_along,
     random_scene,
 )
 from rolling_diffusion.world.score import (
@@ -138,6 +139,14 @@ def test_swapped_colours_and_surplus_objects_are_noticed():
     more = replace(prompt, wanted=(a, b, Thing("ball", "red")))
     verdict = judge(prompt, illustrate(more, rng))
     assert verdict.found == 3 and verdict.invented == 1
+
+
+@pytest.mark.parametrize("size", [128, 192, 256, 384, 512, 768])
+def test_places_are_even_and_far_enough_apart(size):
+    places = places_along(size)
+    assert all(b - a >= 64 for a, b in zip(places, places[1:]))
+    assert places[0] >= MARGIN and size - places[-1] >= MARGIN
+    assert {t.x for _ in range(60) for t in random_scene(np.random.default_rng(_), size, 256).things} >= set(places)
 
 
 def test_places_and_relations():

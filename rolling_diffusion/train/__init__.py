@@ -22,7 +22,7 @@ def run(
     seed: int = 0,
     log: Callable[[str], object] = print,
 ) -> None:
-    """Trains everything and writes a model folder. work: checkpoints; a killed run resumes from them.
+    """Trains everything and writes a model folder. work: checkpoints and sample grids; a killed run resumes from them.
 
     The stages: text encoders, then the transformer on uniform noise and on the states of rolling, then the decoder,
     which nothing else waits for. With rolling_minutes 0 the folder holds a model that never saw staggered noise.
@@ -35,6 +35,7 @@ def run(
     from .diffusion import Source, new_transformer, train
     from .export import export, parts
     from .labels import Questions
+    from .samples import Samples
     from .text import train_text
     from .vae import linear_encoder, new_vae, pictures, train_decoder
 
@@ -46,12 +47,13 @@ def run(
     else:
         vae, encoders, transformer = parts(start)
     nn.Module.to(transformer, device)
-    questions = Questions(transformer).to(device)
+    questions, samples = Questions(transformer).to(device), Samples(transformer, encoders, vae)
     for number, (stage, minutes) in enumerate({"uniform": uniform_minutes, "rolling": rolling_minutes}.items(), 1):
         if minutes:
             source = Source(linear_encoder(vae), encoders, seed + number, device)
             path = work / f"{stage}.safetensors"
-            train(transformer, questions, source, path, stage, minutes, rate=2e-3 if number == 1 else 1e-3, log=log)
+            rate = 2e-3 if number == 1 else 1e-3
+            train(transformer, questions, source, path, stage, minutes, rate=rate, log=log, samples=samples)
     questions.hook.remove()
     train_decoder(vae, work / "decoder.safetensors", decoder_steps, seed=seed, log=log)
     nn.Module.to(transformer, "cpu")

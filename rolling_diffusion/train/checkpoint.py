@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +63,13 @@ class Average:
         weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
         for key, value in module.state_dict().items():
             self.values[key].lerp_(value, weight)
+
+    @contextmanager
+    def instead_of(self, module: nn.Module) -> Iterator[None]:
+        """Lends the module the averaged parameters, and gives it its own ones back."""
+        own = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        module.load_state_dict(self.values)
+        try:
+            yield
+        finally:
+            module.load_state_dict(own)

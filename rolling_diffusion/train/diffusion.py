@@ -10,6 +10,7 @@ is what per-token training needs (Patch Forcing, 2604.19141).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.memory import View
-from ..core.order import ORDERS
+from ..core.order import ORDERS, Block
 from ..core.plan import make_plan
+from ..models.denoiser import pack as pack_cells
+from ..models.denoiser import token_ids
 from ..models.flux import RollingFluxTransformer2DModel
 from ..world.caption import caption
 from ..world.render import render
@@ -37,7 +40,8 @@ CONFIG = {
 DROP_CAPTION = 0.1
 # Canvases in pixels (width, height), the batch that takes about as long on each, and their shares early and late.
 CANVASES = ((128, 128, 32), (192, 192, 20), (256, 256, 14), (256, 384, 9), (384, 256, 9), (256, 512, 7))
-EARLY, LATE = (0.8, 0.2, 0, 0, 0, 0), (0.2, 0.2, 0.5, 0.04, 0.02, 0.04)
+EARLY, LATE = (0.8, 0.2, 0, 0, 0, 0), (0.2, 0.15, 0.55, 0.04, 0.02, 0.04)
+SAMPLE_EVERY = 10  # minutes
 LABELS = 0.3  # weight of the error about labels beside that of the velocity
 
 
@@ -81,17 +85,6 @@ class Batch:
     columns: int
 
 
-def pack_cells(latents: Tensor) -> Tensor:
-    """(B, 16, h, w) cells to (B, h/2 * w/2, 64) tokens, in diffusers' channel order."""
-    return latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def positions(rows: int, columns: int) -> Tensor:
-    """(rows * columns, 3): Flux's ids (0, y, x), in tokens."""
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(y), y, x], -1).reshape(-1, 3).float()
-
-
 class Source:
     """Endless fresh scenes as batches."""
 
@@ -106,7 +99,7 @@ class Source:
         tokens = pack_cells(encode(x, self.vae[0], self.vae[1]))
         text, pooled = embed(self.encoders[0], self.encoders[1], texts)
         noise = torch.randn(tokens.shape, generator=self.generator)
-        ids = positions(height // 16, width // 16)
+        ids = token_ids(Block(0, 0, 0, height // 8, width // 8)).float()
         on = (x.to(self.device) for x in (tokens, noise, labels(scenes), text, pooled, ids))
         return Batch(*on, rows=height // 16, columns=width // 16)
 
@@ -235,10 +228,12 @@ def train(
     rate: float = 2e-3,
     decay_from: float = 0.75,
     log=print,
+    samples: Callable[[Path], object] | None = None,
 ) -> None:
     """Trains one stage, "uniform" or "rolling", for minutes of wall-clock; saves to path; resumes from it.
 
-    The rate is constant, then falls linearly from `decay_from` of the time on.
+    The rate is constant, then falls linearly from `decay_from` of the time on. samples: draws with the model's averaged
+    weights into a file, every SAMPLE_EVERY minutes and at the end.
     """
     opts = [*optimisers(model), torch.optim.AdamW(questions.parameters(), lr=1.0, weight_decay=0.0)]
     average, step, spent = Average(model, 0.998), 0, 0.0
@@ -253,10 +248,10 @@ def train(
         source.rng, source.generator = np.random.default_rng(step), torch.Generator().manual_seed(step)
     model.train()
     started = time.time() - spent
-    last_log, losses, seen = time.time(), np.zeros((0, 2)), 0
+    last_log, losses, seen, grids = time.time(), np.zeros((0, 2)), 0, int(spent / 60 / SAMPLE_EVERY)
     while (elapsed := time.time() - started) < 60 * minutes:
         progress = elapsed / (60 * minutes)
-        shares = np.array(LATE if stage == "rolling" or progress > 0.3 else EARLY)
+        shares = np.array(LATE if stage == "rolling" or progress > 0.2 else EARLY)
         width, height, count = CANVASES[int(source.rng.choice(len(CANVASES), p=shares / shares.sum()))]
         batch = source.draw(width, height, count)
         rolling = stage == "rolling" and source.rng.random() < 0.75
@@ -283,9 +278,15 @@ def train(
             )
             last_log, losses, seen = time.time(), np.zeros((0, 2)), 0
             _save(path, model, questions, average, opts, step, elapsed)
+            if samples is not None and elapsed / 60 / SAMPLE_EVERY >= grids + 1:
+                grids = int(elapsed / 60 / SAMPLE_EVERY)
+                with average.instead_of(model):
+                    samples(path.parent / "samples" / f"{stage}-{step:05}.png")
     _save(path, model, questions, average, opts, step, 60 * minutes)
     model.load_state_dict(average.values)
     model.eval()
+    if samples is not None:
+        samples(path.parent / "samples" / f"{stage}-{step:05}.png")
 
 
 def _save(

@@ -110,6 +110,12 @@ def encode(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (patches(x) @ weight.T + bias).permute(0, 3, 1, 2)
 
 
+def decode(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Latents (B, 16, h, w) to (B, 3, 8h, 8w) in 0 to 1: the nearest pictures that `encode` maps to them."""
+    flat = (z.permute(0, 2, 3, 1) - bias) @ torch.linalg.pinv(weight).T
+    return flat.unflatten(3, (3, PATCH, PATCH)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3).clamp(0, 1)
+
+
 def train_decoder(
     vae: AutoencoderTiny,
     path: Path,

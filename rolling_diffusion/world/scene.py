@@ -31,7 +31,8 @@ HELD_OUT = frozenset(
     }
 )
 RADIUS = 26.0  # pixels from an object's centre to the edge of its box; the same on every canvas
-GRID = 32  # pixels: centres stand on a grid, two to an object, so that few places look alike under noise
+SPACING = 80  # pixels at least between neighbouring columns, and rows, of places where a centre may stand
+GRID = 16  # pixels: places are multiples of it
 MARGIN = 32.0  # pixels that a centre keeps from the picture's edge
 APART = 64.0  # pixels between two centres at least: objects never touch
 
@@ -97,10 +98,16 @@ def is_related(relation: str, a: tuple[float, float], b: tuple[float, float]) ->
     return abs(dy) > abs(dx) and (dy < 0) == (relation == "above")
 
 
-def _grid_point(rng: np.random.Generator, low: float, high: float) -> float:
-    """A random multiple of GRID from low to high, or the one nearest to their middle."""
-    first, last = -int(-low // GRID), int(high // GRID)
-    return float(GRID * (rng.integers(first, last + 1) if first <= last else round((low + high) / 2 / GRID)))
+def places_along(size: int) -> list[float]:
+    """Where centres may stand along a side of so many pixels, evenly: few, so that no two look alike under noise."""
+    count = max(2, size // SPACING)
+    return [float(GRID * round(size * (i + 0.5) / count / GRID)) for i in range(count)]
+
+
+def _place(rng: np.random.Generator, size: int, low: float, high: float) -> float:
+    """A random place from low to high, or the grid's point nearest to their middle."""
+    fitting = [x for x in places_along(size) if low <= x <= high]
+    return fitting[int(rng.integers(len(fitting)))] if fitting else float(GRID * round((low + high) / 2 / GRID))
 
 
 def arrange(scene: Scene, rng: np.random.Generator) -> Scene | None:
@@ -109,7 +116,7 @@ def arrange(scene: Scene, rng: np.random.Generator) -> Scene | None:
         things: list[Thing] = []
         for thing in scene.things:
             x0, x1, y0, y1 = place_box(thing.place, scene.width, scene.height)
-            x, y = _grid_point(rng, x0, x1), _grid_point(rng, y0, y1)
+            x, y = _place(rng, scene.width, x0, x1), _place(rng, scene.height, y0, y1)
             if any((x - t.x) ** 2 + (y - t.y) ** 2 < APART**2 for t in things):
                 break
             things.append(replace(thing, x=x, y=y))
