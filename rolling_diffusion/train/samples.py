@@ -49,6 +49,6 @@ class Samples:
         """(B, 3, 256, 256) in 0 to 1."""
         generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
         with torch.autocast(self.pipe.device.type, torch.bfloat16):
-            tokens: Any = self.pipe(list(PROMPTS), generator=generators, output_type="latent", **way).images
+            (tokens,) = self.pipe(list(PROMPTS), generator=generators, output_type="latent", return_dict=False, **way)
         side = CARD["size"] // PATCH
         return decode(unpack(tokens.float().cpu(), side, side), *self.encoder)
