@@ -47,7 +47,7 @@ def test_the_tiny_autoencoder_computes_the_principal_components(vae):
 
 
 def test_the_linear_decoder_gives_the_nearest_pictures(vae):
-    x, linear = pictures(np.random.default_rng(1), 2, 64, 128), linear_encoder(vae)
+    x, linear = pictures(np.random.default_rng(1), 2, 128, 192), linear_encoder(vae)
     z = encode(x, *linear)
     y = decode(z, *linear)
     assert y.shape == x.shape and y.min() >= 0 and y.max() <= 1
