@@ -149,6 +149,11 @@ def test_places_are_even_and_far_enough_apart(size):
     assert {t.x for _ in range(60) for t in random_scene(np.random.default_rng(_), size, 256).things} >= set(places)
 
 
+def test_a_canvas_too_small_for_any_scene_is_named():
+    with pytest.raises(ValueError, match="64 × 128 pixels has no room"):
+        random_scene(np.random.default_rng(0), 64, 128)
+
+
 def test_places_and_relations():
     assert is_at("left", 60, 200, 256, 256) and not is_at("left", 140, 200, 256, 256)
     assert is_at("centre", 128, 128, 256, 256) and not is_at("centre", 60, 128, 256, 256)

@@ -144,6 +144,8 @@ TRAINED_PAIRS = [(k, c) for k in KINDS for c in COLOURS if (k, c) not in HELD_OU
 def random_scene(rng: np.random.Generator, width: int = 256, height: int = 256, held_out: bool = False) -> Scene:
     """A scene of one of the shapes that captions can tell: one, two or three things, a count, or a relation."""
     room = (width // 64) * (height // 64)
+    if room < 3:
+        raise ValueError(f"a canvas of {width} × {height} pixels has no room for a scene: 128 × 128 has")
     while True:
         shape = rng.choice(["one", "two", "count", "relation", "three"], p=[0.2, 0.3, 0.22, 0.16, 0.12])
         if shape == "one":
