@@ -14,6 +14,7 @@ from rolling_diffusion.world.scene import (
     HELD_OUT,
     KINDS,
     MARGIN,
+    RELATIONS,
     TIMES,
     Scene,
     Thing,
@@ -147,6 +148,26 @@ def test_places_are_even_and_far_enough_apart(size):
     assert all(b - a >= 64 for a, b in zip(places, places[1:]))
     assert places[0] >= MARGIN and size - places[-1] >= MARGIN
     assert {t.x for _ in range(60) for t in random_scene(np.random.default_rng(_), size, 256).things} >= set(places)
+
+
+@pytest.mark.parametrize("size, down", [((256, 256), False), ((512, 128), False), ((128, 512), True)])
+def test_things_without_a_place_stand_in_line_in_the_order_told(size, down):
+    rng = np.random.default_rng(0)
+    things = (Thing("ball", "red"), Thing("star", "blue"), Thing("tree", "green"))
+    scene = arrange(Scene(*size, "day", "snow", things), rng)
+    assert scene is not None
+    along, across = zip(*((t.y, t.x) if down else (t.x, t.y) for t in scene.things))
+    assert list(along) == sorted(along) and len(set(across)) == 1
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_related_things_stand_as_the_relation_says(relation):
+    rng = np.random.default_rng(0)
+    scene = arrange(Scene(256, 256, "day", "snow", (Thing("ball", "red"), Thing("star", "blue")), relation), rng)
+    assert scene is not None
+    a, b = ((t.x, t.y) for t in scene.things)
+    assert is_related(relation, a, b)
+    assert [r for r in RELATIONS if is_related(r, a, b)] == [relation]
 
 
 def test_a_canvas_too_small_for_any_scene_is_named():

@@ -40,7 +40,7 @@ CONFIG = {
 DROP_CAPTION = 0.1
 # Canvases in pixels (width, height), the batch that takes about as long on each, and their shares early and late.
 CANVASES = ((128, 128, 32), (192, 192, 20), (256, 256, 14), (256, 384, 9), (384, 256, 9), (256, 512, 7))
-EARLY, LATE = (0.8, 0.2, 0, 0, 0, 0), (0.2, 0.15, 0.55, 0.04, 0.02, 0.04)
+EARLY, LATE = (0.8, 0.2, 0, 0, 0, 0), (0.25, 0.1, 0.55, 0.04, 0.02, 0.04)
 SAMPLE_EVERY = 10  # minutes
 LABELS = 0.3  # weight of the error about labels beside that of the velocity
 
