@@ -66,7 +66,7 @@ def test_every_setting_is_in_the_picture_and_resolved(here, model):
     main(["generate", PROMPT, *TINY, "--model", model, "-o", "one.png"])
     settings = read_settings("one.png")
     assert settings.keys() == generate.DEFAULTS.keys() | {"window", "overlap", "version"}
-    assert settings["dtype"] == "float32" and settings["cfg"] == 2.0 and settings["window"] == 4
+    assert settings["dtype"] == "float32" and settings["cfg"] == 2.5 and settings["window"] == 4
 
 
 def test_each_picture_of_a_batch_can_be_made_alone(here, model):

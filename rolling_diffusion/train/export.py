@@ -21,7 +21,7 @@ CARD = {
     "trained": True,
     "size": 256,
     "steps": 20,
-    "cfg": 2.0,
+    "cfg": 2.5,
     "max_sequence_length": LENGTH,
     "window": None,
     "native_tokens": 1024,
