@@ -7,7 +7,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 GENERATE := $(VENV)/bin/rolling-diffusion generate
-DEMO_PROMPT := "a purple kite above a green house in daylight over green hills" --seed 10
+DEMO_PROMPT := "a purple kite above a green house in daylight over green hills" --seed 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help venv install demo test lint format bench checkout test-comfyui bench-comfyui clean
