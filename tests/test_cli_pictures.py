@@ -145,7 +145,7 @@ def test_the_defaults_are_the_embedded_models_card():
     from rolling_diffusion.train.export import CARD
 
     card = Card.of(CARD)
-    habits = Habits(card.size, card.steps, card.draft_steps(1000) / 1000, card.native_tokens, card.max_sequence_length)
+    habits = Habits(card.size, card.steps, card.draft, card.native_tokens, card.max_sequence_length)
     assert habits == Habits()
     assert (*SAMPLERS, *SPACINGS) == (*generate.SAMPLERS, *generate.SCHEDULERS)
 

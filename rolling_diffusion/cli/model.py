@@ -101,7 +101,7 @@ def habits_of(name: str, folder: str) -> Habits:
 
     index = Path(folder) / "model_index.json"
     card = Card.of(json.loads(index.read_text()).get("rolling") if index.is_file() else None)
-    return Habits(card.size, card.steps, card.draft_steps(1000) / 1000, card.native_tokens, card.max_sequence_length)
+    return Habits(card.size, card.steps, card.draft, card.native_tokens, card.max_sequence_length)
 
 
 def load(folder: str, device: str, dtype: str, **options: Any) -> RollingFluxPipeline:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.order import COLUMN_ORDERS, ORDERS, ROW_ORDERS
-from ..core.plan import Plan, make_plan
+from ..core.plan import Plan, draft_steps, make_plan
 from .arguments import Parser, decimal, name_in, number_or, whole_number
 
 CELL, TOKEN = 8, 2  # pixels a cell, cells a token: Flux's, and the embedded model's
@@ -100,7 +100,7 @@ def complete(
     for side in ("width", "height"):
         check_side(side, settings[side])
     steps = fit("steps", habits.steps)
-    fit("draft", min(round(habits.draft * steps), steps - 1))
+    fit("draft", draft_steps(steps, habits.draft))
     window = fit("window", fit_window(settings["order"], height // CELL, width // CELL))
     fit("overlap", window // 2 // TOKEN * TOKEN)
     known = width * height <= habits.native_tokens * (CELL * TOKEN) ** 2

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.cohort import ADAPTIVE
-from ..core.plan import Plan, make_plan
+from ..core.plan import Plan, draft_steps, make_plan
 from ..core.rollout import rollout
 from .canvas import log
 from .flux import FluxDenoiser, is_flux
@@ -20,8 +20,6 @@ from .windows import WindowDenoiser
 
 if TYPE_CHECKING:
     from ..core.order import Block
-
-DRAFT = 0.25  # share of the steps; the same as the pipeline's
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,6 @@ class Settings:
 
     def plan(self, height: int, width: int, steps: int, multiple: int = 1) -> Plan:
         """The plan for a canvas in cells; its far edges are rounded up to whole tokens. ValueError as make_plan's."""
-        own = min(round(DRAFT * steps), steps - 1)
         return make_plan(
             -(-height // multiple) * multiple,
             -(-width // multiple) * multiple,
@@ -48,7 +45,7 @@ class Settings:
             order=self.order,
             window=self.window,
             overlap=self.overlap,
-            draft=own if self.draft < 0 else self.draft,
+            draft=draft_steps(steps) if self.draft < 0 else self.draft,
             lookahead=None if self.lookahead < 0 else self.lookahead,
             seed=self.seed % 2**63,
             multiple=multiple,

@@ -210,6 +210,11 @@ def make_plan(
     return Plan(height, width, steps, order, window, overlap, draft, lookahead, seed, lag, multiple, persistence)
 
 
+def draft_steps(steps: int, share: float = 0.25) -> int:
+    """Draft steps that are a share of the steps: at least one step is left to the blocks."""
+    return min(round(share * steps), steps - 1)
+
+
 def _lag(run: int, window: int, overlap: int, axes: int) -> int:
     """Ticks between blocks, so that the blocks in motion fill the window and no more."""
     share = Fraction(window - overlap, window) ** axes

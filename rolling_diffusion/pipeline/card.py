@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..core.plan import draft_steps
+
 TEXT_LEVELS = ("max", "mean", "min")
 
 
@@ -72,7 +74,7 @@ class Card:
 
     def draft_steps(self, steps: int) -> int:
         """Draft steps of so many steps."""
-        return min(round(self.draft * steps), steps - 1)
+        return draft_steps(steps, self.draft)
 
     def window_for(self, span: int, multiple: int) -> tuple[int, int]:
         """Window and overlap (cells) for a canvas that spans so many cells along the order."""
