@@ -16,13 +16,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "rolling": {},
     "autoregressive": {"lag": "autoregressive"},
 }
-# `--study memory`: each memory on and off where it counts most, at the largest lag.
+# `--study memory`: each memory on and off where it counts most: at the largest lag, after a draft of 5 of 20 ticks.
+EARLY: dict[str, Any] = {"lag": "autoregressive", "draft": 5}
 MEMORY: dict[str, dict[str, Any]] = {
     "full": WAYS["full"],
-    "autoregressive": WAYS["autoregressive"],
-    "autoregressive, finished only": {"lag": "autoregressive", "lookahead": 0},
-    "autoregressive, waiting only": {"lag": "autoregressive", "attention_persistence": 0.0},
-    "autoregressive, no memory": {"lag": "autoregressive", "lookahead": 0, "attention_persistence": 0.0},
+    "autoregressive": EARLY,
+    "autoregressive, finished only": {**EARLY, "lookahead": 0},
+    "autoregressive, waiting only": {**EARLY, "attention_persistence": 0.0},
+    "autoregressive, no memory": {**EARLY, "lookahead": 0, "attention_persistence": 0.0},
 }
 # `--study all`: also when rolling; lags, drafts (ticks of 20 steps), the noise levels of the text and of memory.
 STUDY: dict[str, dict[str, Any]] = {
@@ -48,7 +49,7 @@ def paint(
 ) -> list[np.ndarray]:
     """One picture (H, W, 3), uint8, for each prompt; picture i is drawn from seed FAR + first + i."""
     generators = [torch.Generator().manual_seed(FAR + first + i) for i in range(len(prompts))]
-    images = pipe(prompt=[p.text for p in prompts], generator=generators, output_type="np", **common, **way).images
+    images = pipe(prompt=[p.text for p in prompts], generator=generators, output_type="np", **{**common, **way}).images
     return [np.round(image * 255).astype(np.uint8) for image in np.asarray(images)]
 
 

@@ -54,6 +54,14 @@ def test_pictures_depend_on_the_seed_alone_not_on_the_batch(pipe):
     assert not np.array_equal(together[0], together[1])
 
 
+def test_a_way_of_sampling_overrules_what_all_have_in_common(pipe):
+    prompts, common = make_prompts(1, 4), {"num_inference_steps": 3, "width": 128, "height": 128}
+    half, none = (paint(pipe, prompts, 0, {"draft": draft}, common) for draft in (2, 0))
+    assert np.array_equal(half, paint(pipe, prompts, 0, {"draft": 2}, {**common, "draft": 0}))
+    assert np.array_equal(none, paint(pipe, prompts, 0, {}, {**common, "draft": 0}))
+    assert not np.array_equal(half, none)
+
+
 def test_tokenizers_give_the_ids_that_were_trained(pipe):
     texts = ["A red ball, and a BLUE star!", "", "zebra left of " * 20]
     for tokenizer, fresh, expected in zip(

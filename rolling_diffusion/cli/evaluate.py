@@ -23,6 +23,7 @@ def add_options(parser: Parser) -> None:
     add("--seed", type=whole_number(0), default=0, metavar="N", help="of the prompts (default: 0)")
     add("--steps", type=whole_number(1), metavar="N", help="(default: the model's own)")
     add("--cfg", type=decimal(0), metavar="SCALE", help="(default: the model's own)")
+    add("--draft", type=whole_number(0), metavar="N", help="steps before the blocks part (default: the model's own)")
     add("--width", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
     add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
     what = "more ways: memory (each kind on and off), or all (also lags, drafts, noise levels; the default)"
@@ -36,7 +37,8 @@ def add_options(parser: Parser) -> None:
 def run(values: argparse.Namespace) -> int:
     if values.json is not None:
         check_target(values.json)
-    common = {"num_inference_steps": values.steps, "cfg": values.cfg, "width": values.width, "height": values.height}
+    common = {name: getattr(values, name) for name in ("cfg", "draft", "width", "height")}
+    common["num_inference_steps"] = values.steps
     common = {name: value for name, value in common.items() if value is not None}
     for side in common.keys() & {"width", "height"}:
         check_side(side, common[side])

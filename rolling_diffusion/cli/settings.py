@@ -35,7 +35,7 @@ class Habits:
 
     size: int = 256
     steps: int = 20
-    draft: float = 0.25
+    draft: float = 0.5
     native_tokens: int = 1024
     text_tokens: int = 32
 

@@ -22,6 +22,7 @@ CARD = {
     "size": 256,
     "steps": 20,
     "cfg": 2.5,
+    "draft": 0.5,
     "max_sequence_length": LENGTH,
     "window": None,
     "native_tokens": 1024,
