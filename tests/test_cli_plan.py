@@ -41,7 +41,7 @@ def test_the_default_run_rolls(capsys, tmp_path):
     said(capsys, "--json", str(file))
     plan = json.loads(file.read_text())["plan"]
     names = ("height", "width", "window", "overlap", "draft", "lag")
-    assert tuple(plan[name] for name in names) == (32, 32, 16, 8, 5, 8)
+    assert tuple(plan[name] for name in names) == (32, 32, 16, 8, 10, 5)
 
 
 def test_another_model_brings_its_own_habits(capsys):
@@ -94,7 +94,7 @@ def test_the_picture_shows_the_plan_and_keeps_its_settings(capsys, tmp_path):
         (["--persistence", "1.5"], ["--persistence", "from 0 to 1"]),
         (["--persistence", "nan"], ["--persistence", "from 0 to 1"]),
         (["--lag", "fast"], ["--lag", "'autoregressive'"]),
-        (["--lag", "21"], ["lag is 21", "from 0 to 15"]),
+        (["--lag", "21"], ["lag is 21", "from 0 to 10"]),
         (["--ordre", "raster"], ["no option --ordre", "did you mean '--order'?"]),
         (["raster"], ["no use for 'raster'"]),
         (["-o", "/nowhere/plan.png"], ["/nowhere/plan.png", "no folder /nowhere"]),
