@@ -16,14 +16,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "rolling": {},
     "autoregressive": {"lag": "autoregressive"},
 }
-# `--study memory`: each memory on and off where it counts most: at the largest lag, after a draft of 5 of 20 ticks.
-EARLY: dict[str, Any] = {"lag": "autoregressive", "draft": 5}
+# `--study memory`: each memory on and off where it counts most, at the largest lag.
 MEMORY: dict[str, dict[str, Any]] = {
     "full": WAYS["full"],
-    "autoregressive": EARLY,
-    "autoregressive, finished only": {**EARLY, "lookahead": 0},
-    "autoregressive, waiting only": {**EARLY, "attention_persistence": 0.0},
-    "autoregressive, no memory": {**EARLY, "lookahead": 0, "attention_persistence": 0.0},
+    "autoregressive": WAYS["autoregressive"],
+    "autoregressive, finished only": {"lag": "autoregressive", "lookahead": 0},
+    "autoregressive, waiting only": {"lag": "autoregressive", "attention_persistence": 0.0},
+    "autoregressive, no memory": {"lag": "autoregressive", "lookahead": 0, "attention_persistence": 0.0},
 }
 # `--study all`: also when rolling; lags, drafts (ticks of 20 steps), the noise levels of the text and of memory.
 STUDY: dict[str, dict[str, Any]] = {
