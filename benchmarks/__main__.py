@@ -62,7 +62,7 @@ class Bench:
 
     def overhead(self) -> list[str]:
         whole = make_plan(SIDE, SIDE, STEPS, window=SIDE, overlap=0)
-        middle, every = ratios(lambda: self.roll(whole), self.plain, 15)
+        middle, every = ratios(lambda: self.roll(whole), self.plain, 60)
         return [
             "## Rollout overhead",
             f"One block of {SIDE}×{SIDE} cells, {STEPS} Euler steps: rollout against the plain sampler loop, the same",

@@ -15,7 +15,7 @@ from typing import Any
 from . import ratios
 
 PACK = Path(__file__).resolve().parents[1]
-SIDE, STEPS, PAIRS = 256, 10, 15
+SIDE, STEPS, PAIRS = 256, 10, 60
 
 
 def start(comfyui: str) -> dict[str, Any]:
