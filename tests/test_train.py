@@ -1,5 +1,7 @@
 """Training: the encoder that is written down, the states that are trained on, and checkpoints that survive a kill."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
+from rolling_diffusion.pipeline.card import Card
 from rolling_diffusion.train.checkpoint import Average, read, write
 from rolling_diffusion.train.diffusion import (
     CANVASES,
@@ -175,7 +178,10 @@ def test_an_exported_model_can_be_trained_further(vae, tmp_path):
     transformer, encoders = new_transformer(), new_encoders()
     export(tmp_path / "model", transformer, *encoders, vae, rolling=True)
     again_vae, (t5, clip), again = parts(tmp_path / "model")
-    export(tmp_path / "further", again, t5, clip, again_vae, rolling=True)
+    export(tmp_path / "further", again, t5, clip, again_vae, rolling=False)
+    for name, trained, draft in (("model", True, 0.5), ("further", False, 0.25)):
+        card = Card.of(json.loads((tmp_path / name / "model_index.json").read_text())["rolling"])
+        assert (card.trained, card.draft) == (trained, draft)  # without staggered noise: what FLUX.1-dev gets
     assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "further").glob("*/config.json"))
     assert torch.equal(again.x_embedder.weight, transformer.x_embedder.weight.bfloat16().float())
     texts = ["a red ball", ""]
