@@ -3,8 +3,9 @@
 import os
 import stat
 
+import numpy as np
 import pytest
-from PIL import Image, ImageSequence
+from PIL import Image, ImageFilter, ImageSequence
 
 from rolling_diffusion.cli import files
 
@@ -73,6 +74,23 @@ def test_an_animation_plays_every_frame_and_holds_the_last(tmp_path, suffix):
             durations.append(frame.info["duration"])
     assert len(durations) == len(FRAMES)
     assert durations[-1] == 1500 and durations[0] == 200
+
+
+def test_a_gif_keeps_small_spots_of_colour_and_shows_soft_gradients_without_bands(tmp_path):
+    y, x = np.mgrid[0:256, 0:256] / 255
+    picture = np.stack([120 + 70 * y + 40 * x, 190 + 50 * y - 60 * x, 240 - 90 * y], -1).round().astype(np.uint8)
+    picture[100:106, 100:106] = (90, 30, 110)
+    frames = [Image.fromarray(picture), Image.fromarray(picture[::-1].copy())]
+    files.save_animation(tmp_path / "one.gif", frames)
+    with Image.open(tmp_path / "one.gif") as image:
+        shown = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+
+    def apart(one: Image.Image, two: Image.Image) -> int:
+        return np.abs(np.asarray(one).astype(int) - np.asarray(two)).max()
+
+    for frame, seen in zip(frames, shown):
+        blurred = [image.filter(ImageFilter.GaussianBlur(3)) for image in (frame, seen)]
+        assert apart(frame, seen) < 20 and apart(*blurred) < 6  # GIF's usual 256 colours: 111 and 49
 
 
 def test_mp4_without_ffmpeg_is_one_sentence(tmp_path, monkeypatch):

@@ -94,6 +94,19 @@ def test_the_animation_grows_in_order_and_ends_in_the_picture(here, model):
     assert report["settings"]["prompt"] == PROMPT
 
 
+def test_the_animation_shows_a_block_as_far_as_its_noise_lets_it_show():
+    plan = make_plan(32, 8, 4, window=16, overlap=8)  # four strips of 64×64 pixels
+    checks = np.kron(np.indices((64, 16)).sum(0) % 2, np.ones((4, 4)))[..., None] * np.full(3, 255)
+    image = Image.fromarray(checks.astype(np.uint8))
+    done, some, much, _ = plan.blocks
+    seen = np.asarray(generate.unveiled(image, plan, {done: 0.0, some: 0.2, much: 0.8})).astype(float)
+    assert np.array_equal(seen[:32], checks[:32])  # finished: as it is, but for the soft edge of its successor
+    contrast = [seen[64 * i + 24 : 64 * i + 40, 16:48].std() for i in range(4)]
+    assert contrast[0] > 2 * contrast[1] > 4 * contrast[2] and contrast[2] < 3
+    assert abs(seen[144:176].mean() - 127.5) < 3  # blurred, not dimmed
+    assert (seen[192:] == generate.PAPER).all()
+
+
 def test_a_block_that_came_and_went_between_two_kept_frames_is_not_left_blank(here, model, monkeypatch):
     kept = []
     monkeypatch.setattr(generate, "MOST_FRAMES", 2)

@@ -107,11 +107,19 @@ def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float = 4
         _save_mp4(path, [*frames, *[frames[-1]] * round(hold / each)], 1 / each)
         return
     milliseconds = [round(1000 * each)] * (len(frames) - 1) + [round(1000 * hold)]
-    options: dict[str, Any] = {"save_all": True, "append_images": list(frames[1:]), "duration": milliseconds, "loop": 0}
+    options: dict[str, Any] = {"save_all": True, "duration": milliseconds, "loop": 0}
     if kind == ".webp":
         options |= {"quality": 85, "method": 4}
+    if kind == ".gif":
+        frames = [_dithered(frame) for frame in frames]
     with whole(path) as file:
-        frames[0].save(file, format=kind[1:].upper(), **options)
+        frames[0].save(file, format=kind[1:].upper(), append_images=list(frames[1:]), **options)
+
+
+def _dithered(frame: Image.Image) -> Image.Image:
+    """In 256 colours, small spots of colour among them, and without bands in soft gradients."""
+    palette = frame.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1)
+    return frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
 
 
 def _save_mp4(path: Path, frames: Sequence[Image.Image], rate: float) -> None:

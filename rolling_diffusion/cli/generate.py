@@ -6,7 +6,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ DEFAULTS: dict[str, Any] = {
     "quantize": None,
 }
 PAPER = (243, 240, 232)
+BLUR = 0.75 * CELL  # pixels, at equal powers of picture and noise: about what is finer than where their spectra meet
 MOST_FRAMES = 30  # of an animation; a longer run is sampled evenly
 
 
@@ -141,15 +142,31 @@ def warn(pipeline: RollingFluxPipeline, settings: dict[str, Any]) -> None:
         print(" ".join(known_words(pipeline.tokenizer_2)), file=sys.stderr)
 
 
-def blank(image: Image.Image, blocks: Sequence[Block]) -> Image.Image:
-    """The picture with blocks that have not begun left as bare paper."""
-    from PIL import ImageDraw
+def unveiled(image: Image.Image, plan: Plan, levels: Mapping[Block, float]) -> Image.Image:
+    """The picture as far as its noise lets it show: finished blocks sharp, others blurred by their noise (0 to 1).
 
-    pen = ImageDraw.Draw(image)
-    for block in blocks:
-        top, left = block.top * CELL, block.left * CELL
-        pen.rectangle((left, top, left + block.width * CELL - 1, top + block.height * CELL - 1), fill=PAPER)
-    return image
+    Blocks without a level are left as bare paper.
+
+    The model's guess shows detail that noise still hides and later steps may change. A picture's spectrum falls as 1/f²
+    and that of noise is flat: they meet at a wavelength in proportion to σ / (1 - σ), and what is finer is blurred.
+    """
+    from PIL import Image, ImageDraw, ImageFilter
+
+    def area(blocks: Iterable[Block]) -> Image.Image:
+        mask = Image.new("L", image.size)
+        for block in blocks:
+            top, left = block.top * CELL, block.left * CELL
+            edges = (left, top, left + block.width * CELL - 1, top + block.height * CELL - 1)
+            ImageDraw.Draw(mask).rectangle(edges, fill=255)
+        return mask
+
+    seen = image
+    for level in sorted({*levels.values()}, reverse=True):
+        radius = min(BLUR * level / max(1 - level, 0.01), min(image.size) / 4)
+        soft = area(block for block in levels if levels[block] <= level).filter(ImageFilter.GaussianBlur(CELL))
+        seen = Image.composite(image.filter(ImageFilter.GaussianBlur(radius)), seen, soft)
+    seen.paste(PAPER, mask=area(block for block in plan.blocks if block not in levels))
+    return seen
 
 
 def draw(
@@ -159,7 +176,7 @@ def draw(
     import torch
     from tqdm import tqdm
 
-    begun = set()
+    levels: dict[Block, float] = {}
     bar = tqdm(total=plan.ticks, unit="call", leave=False, disable=None)
 
     def on_frame(frame) -> None:
@@ -167,9 +184,11 @@ def draw(
         bar.update(frame.tick + 1 - bar.n)
         together = len(frame.blocks) == len(plan.blocks)
         bar.set_description("all blocks" if together else f"block {frame.blocks[0].index + 1} of {len(plan.blocks)}")
-        begun.update(frame.blocks)  # in every tick: a block may come and go between two frames that are kept
+        if not together:  # blocks finish in their order
+            levels.update(dict.fromkeys(plan.blocks[: frame.blocks[0].index], 0.0))
+        levels.update(zip(frame.blocks, frame.sigmas))
         if frames is not None and frame.tick % max(1, -(-frame.total // MOST_FRAMES)) == 0:
-            frames.append(blank(pipeline.preview(frame), [block for block in plan.blocks if block not in begun]))
+            frames.append(unveiled(pipeline.preview(frame), plan, levels))
 
     with bar:
         images, *_ = pipeline(
