@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, Any] | None] = {  # None: diffusers' own FluxPipeline
 FLUX = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}
 SMALL = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2}
 # The pipeline's defaults for FLUX.1-dev; a test holds that.
-WINDOW, OVERLAP, NATIVE, CAP, DRAFT = 64, 16, 4096, 8192, 0.25
+WINDOW, OVERLAP, NATIVE, CAP, DRAFT = 64, 16, 4096, 8192, 0.5
 DRY_WINDOW = 16, 4
 
 

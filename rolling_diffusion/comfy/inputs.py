@@ -30,7 +30,7 @@ EXTRAS: dict[str, Any] = {
     "draft": ("INT", {
         "default": -1, "min": -1, "max": 9999,
         "tooltip": "Steps that the whole canvas takes together before the blocks part. More draft, more coherence. "
-        "-1 is a quarter of the steps."}),
+        "-1 is half of the steps."}),
     "lookahead": ("INT", {
         "default": -1, "min": -1, "max": 16384, "step": 1,
         "tooltip": "Cells ahead that blocks still waiting are attended to (Flux). -1 is the whole canvas, 0 none."}),
@@ -66,7 +66,7 @@ def problem(window: Any, overlap: Any, sampler: Any = None, draft: Any = None, s
     if steps is not None and not 1 <= steps <= most_steps:
         return f"steps is {steps}, and must be from 1 to {most_steps}."
     if draft is not None and draft < -1:
-        return f"draft is {draft} steps, and must be 0 or more, or -1 for the model's own."
+        return f"draft is {draft} steps, and must be 0 or more, or -1 for half of the steps."
     if draft is not None and steps is not None and draft >= steps:
         return f"draft ({draft}) must be below steps ({steps}): at least one step is taken block by block."
     if sampler is not None:

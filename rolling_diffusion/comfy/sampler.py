@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the nodes ask for, in cells. draft -1: a quarter of the steps; lookahead -1: all; memory_cap 0: no cap."""
+    """What the nodes ask for, in cells. draft -1: half of the steps; lookahead -1: all; memory_cap 0: no cap."""
 
     order: str = "top-to-bottom"
     window: int = 64

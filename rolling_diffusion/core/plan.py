@@ -210,7 +210,7 @@ def make_plan(
     return Plan(height, width, steps, order, window, overlap, draft, lookahead, seed, lag, multiple, persistence)
 
 
-def draft_steps(steps: int, share: float = 0.25) -> int:
+def draft_steps(steps: int, share: float = 0.5) -> int:
     """Draft steps that are a share of the steps: at least one step is left to the blocks."""
     return min(round(share * steps), steps - 1)
 

@@ -30,7 +30,7 @@ class Card:
     """
 
     trained: bool = False
-    draft: float = 0.25
+    draft: float = 0.5
     text_level: str = "max"
     context_noise: float = 0.0
     size: int = 1024

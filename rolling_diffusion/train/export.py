@@ -22,7 +22,6 @@ CARD = {
     "size": 256,
     "steps": 20,
     "cfg": 2.5,
-    "draft": 0.5,
     "max_sequence_length": LENGTH,
     "window": None,
     "native_tokens": 1024,
@@ -70,7 +69,7 @@ def export(folder: Path, transformer: Any, t5: Any, clip: Any, vae: Any, *, roll
         _edit(partial / name / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     _edit(partial / "transformer" / "config.json", _class_name="FluxTransformer2DModel", _name_or_path=None)
     _edit(partial / "vae" / "config.json", block_out_channels=None, _name_or_path=None)
-    card = CARD if rolling else {k: v for k, v in CARD.items() if k not in ("trained", "draft")}
+    card = CARD if rolling else {k: v for k, v in CARD.items() if k != "trained"}
     index = {
         "_class_name": "FluxPipeline",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],

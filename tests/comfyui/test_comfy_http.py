@@ -79,8 +79,6 @@ def test_example_workflows_end_with_a_picture(server, name):
     for node in prompt.values():
         if "steps" in node["inputs"]:  # fewer: the tests share a machine
             node["inputs"]["steps"] = 6 if server.real else 3
-        if node["inputs"].get("draft", 0) > 0:
-            node["inputs"]["draft"] = 2
         if name == "advanced":  # a small model stands in for the user's checkpoint, on a canvas of its size
             if node["class_type"] == "CheckpointLoaderSimple":
                 node.update(class_type="LoadEmbeddedRollingModel", inputs={})
