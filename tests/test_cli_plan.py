@@ -46,7 +46,7 @@ def test_the_default_run_rolls(capsys, tmp_path):
 
 def test_another_model_brings_its_own_habits(capsys):
     out = said(capsys, "--model", "black-forest-labs/FLUX.1-dev")
-    assert "1024 × 1024 pixels" in out and "28 a block, 7 of them in the draft" in out and "512 of text" in out
+    assert "1024 × 1024 pixels" in out and "28 a block, 14 of them in the draft" in out and "512 of text" in out
 
 
 def test_a_canvas_beyond_the_models_own_looks_one_window_ahead(capsys):
