@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rolling_diffusion.core.plan import Plan, make_plan
+from rolling_diffusion.core.plan import DRAFT, Plan, draft_steps, make_plan
 
 RESULTS = Path(__file__).parent / "flux.json"
 STEPS, TEXT, CELL = 20, 512, 8
@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, Any] | None] = {  # None: diffusers' own FluxPipeline
 FLUX = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}
 SMALL = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2}
 # The pipeline's defaults for FLUX.1-dev; a test holds that.
-WINDOW, OVERLAP, NATIVE, CAP, DRAFT = 64, 16, 4096, 8192, 0.5
+WINDOW, OVERLAP, NATIVE, CAP = 64, 16, 4096, 8192
 DRY_WINDOW = 16, 4
 
 
@@ -48,7 +48,7 @@ def plan_for(
         steps,
         window=window,
         overlap=overlap,
-        draft=round(DRAFT * steps),
+        draft=draft_steps(steps, DRAFT),
         lookahead=None if tokens <= NATIVE else window,
         **({"lag": 0} if way is None else way),
     )

@@ -184,10 +184,12 @@ def draw(
         bar.update(frame.tick + 1 - bar.n)
         together = len(frame.blocks) == len(plan.blocks)
         bar.set_description("all blocks" if together else f"block {frame.blocks[0].index + 1} of {len(plan.blocks)}")
-        if not together:  # blocks finish in their order
-            levels.update(dict.fromkeys(plan.blocks[: frame.blocks[0].index], 0.0))
+        if frames is None:
+            return
+        # In every tick: a block may come and go between two frames that are kept. Blocks finish in their order.
+        levels.update(dict.fromkeys(plan.blocks[: frame.blocks[0].index], 0.0))
         levels.update(zip(frame.blocks, frame.sigmas))
-        if frames is not None and frame.tick % max(1, -(-frame.total // MOST_FRAMES)) == 0:
+        if frame.tick % max(1, -(-frame.total // MOST_FRAMES)) == 0:
             frames.append(unveiled(pipeline.preview(frame), plan, levels))
 
     with bar:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.order import COLUMN_ORDERS, ORDERS, ROW_ORDERS
-from ..core.plan import Plan, draft_steps, make_plan
+from ..core.plan import DRAFT, Plan, draft_steps, make_plan
 from .arguments import Parser, decimal, name_in, number_or, whole_number
 
 CELL, TOKEN = 8, 2  # pixels a cell, cells a token: Flux's, and the embedded model's
@@ -35,7 +35,7 @@ class Habits:
 
     size: int = 256
     steps: int = 20
-    draft: float = 0.5
+    draft: float = DRAFT
     native_tokens: int = 1024
     text_tokens: int = 32
 

@@ -24,6 +24,8 @@ from functools import cached_property
 from .cost import Cost, count
 from .order import COLUMN_ORDERS, ORDERS, ROW_ORDERS, TILE_ORDERS, Block, Order, make_order
 
+DRAFT = 0.5  # share of the steps, unless a model's card says otherwise: docs/results.md has the study that decided it
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -210,7 +212,7 @@ def make_plan(
     return Plan(height, width, steps, order, window, overlap, draft, lookahead, seed, lag, multiple, persistence)
 
 
-def draft_steps(steps: int, share: float = 0.5) -> int:
+def draft_steps(steps: int, share: float = DRAFT) -> int:
     """Draft steps that are a share of the steps: at least one step is left to the blocks."""
     return min(round(share * steps), steps - 1)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..core.plan import draft_steps
+from ..core.plan import DRAFT, draft_steps
 
 TEXT_LEVELS = ("max", "mean", "min")
 
@@ -30,7 +30,7 @@ class Card:
     """
 
     trained: bool = False
-    draft: float = 0.5
+    draft: float = DRAFT
     text_level: str = "max"
     context_noise: float = 0.0
     size: int = 1024
