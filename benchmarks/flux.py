@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rolling_diffusion.core.plan import DRAFT, Plan, draft_steps, make_plan
+from rolling_diffusion.core.plan import Plan
+from rolling_diffusion.defaults import Card, plan_for
 
 RESULTS = Path(__file__).parent / "flux.json"
 STEPS, TEXT, CELL = 20, 512, 8
@@ -27,36 +28,17 @@ WAYS: dict[str, dict[str, Any] | None] = {  # None: diffusers' own FluxPipeline
 }
 FLUX = {"num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24}
 SMALL = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2}
-# The pipeline's defaults for FLUX.1-dev; a test holds that.
-WINDOW, OVERLAP, NATIVE, CAP = 64, 16, 4096, 8192
-DRY_WINDOW = 16, 4
+CARD, DRY_CARD = Card(), Card(window=16, overlap=4)
 
 
-def plan_for(
-    width: int,
-    height: int,
-    way: dict[str, Any] | None,
-    steps: int = STEPS,
-    window: int = WINDOW,
-    overlap: int = OVERLAP,
-) -> Plan:
-    """The plan that RollingFluxPipeline makes for FLUX.1-dev at its defaults; FluxPipeline's is one without a lag."""
-    tokens = width * height // (2 * CELL) ** 2
-    return make_plan(
-        height // CELL,
-        width // CELL,
-        steps,
-        window=window,
-        overlap=overlap,
-        draft=draft_steps(steps, DRAFT),
-        lookahead=None if tokens <= NATIVE else window,
-        **({"lag": 0} if way is None else way),
-    )
+def plan_of(width: int, height: int, way: dict[str, Any] | None, steps: int = STEPS, card: Card = CARD) -> Plan:
+    """The plan for FLUX.1-dev at its defaults; FluxPipeline's is one without a lag."""
+    return plan_for(card, height // CELL, width // CELL, steps, **({"lag": 0} if way is None else way))
 
 
 def arithmetic(plan: Plan, shape: dict[str, int], text: int = TEXT) -> float:
     """Floating-point operations of a run: 24 d² a token and layer, 4 d a query-key pair and layer, d the width."""
-    cost, width = plan.cost(text, CAP), 128 * shape["num_attention_heads"]
+    cost, width = plan.cost(text, CARD.memory_tokens), 128 * shape["num_attention_heads"]
     layers = shape["num_layers"] + shape["num_single_layers"]
     return layers * (24 * width**2 * cost.token_evaluations + 4 * width * cost.pairs)
 
@@ -68,16 +50,16 @@ def predictions() -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for width, height in PREDICTED:
-        full = arithmetic(plan_for(width, height, None), FLUX)
+        full = arithmetic(plan_of(width, height, None), FLUX)
         for name in ("rolling", "block-autoregressive"):
-            plan = plan_for(width, height, WAYS[name])
+            plan = plan_of(width, height, WAYS[name])
             if len(plan.blocks) == 1:
                 lines.append(
                     f"| {width}×{height} | {name} | {plan.ticks} | 1.00 | 1.00 | one block: ordinary sampling | none |"
                 )
                 continue
-            cost = plan.cost(TEXT, CAP)
-            stored = min(CAP, plan.height * plan.width // plan.multiple**2)
+            cost = plan.cost(TEXT, CARD.memory_tokens)
+            stored = min(CARD.memory_tokens, plan.height * plan.width // plan.multiple**2)
             gigabytes = stored * 2 * 57 * 3072 * 2 / 2**30
             lines.append(
                 f"| {width}×{height} | {name} | {cost.ticks + cost.waiting_calls + cost.commits} | "
@@ -144,8 +126,10 @@ class Bench:
 
     def run(self, width: int, height: int, way: dict[str, Any] | None) -> dict[str, float]:
         """Seconds (the second of two runs), GiB at the peak."""
-        window, overlap = DRY_WINDOW if self.dry else (WINDOW, OVERLAP)
-        pipe, more = (self.stock, {}) if way is None else (self.rolling, {"window": window, "overlap": overlap, **way})
+        card = DRY_CARD if self.dry else CARD
+        pipe, more = (
+            (self.stock, {}) if way is None else (self.rolling, {"window": card.window, "overlap": card.overlap, **way})
+        )
 
         def once() -> float:
             start = time.perf_counter()
@@ -196,7 +180,7 @@ def table(found: dict[str, Any], dry: bool) -> str:
         "| canvas | sampling | mode | seconds | against FluxPipeline | predicted | of the matrix rate | GiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    shape, steps, text, window = (SMALL, 4, 16, DRY_WINDOW) if dry else (FLUX, STEPS, TEXT, (WINDOW, OVERLAP))
+    shape, steps, text, card = (SMALL, 4, 16, DRY_CARD) if dry else (FLUX, STEPS, TEXT, CARD)
     for key, row in found.items():
         if not isinstance(row, dict):
             continue
@@ -206,9 +190,9 @@ def table(found: dict[str, Any], dry: bool) -> str:
         if "seconds" not in row:
             lines.append(f"| {size} | {name} | {mode} | out of memory | | | | |")
             continue
-        plan = plan_for(width, height, WAYS[name], steps, *window)
+        plan = plan_of(width, height, WAYS[name], steps, card)
         work = arithmetic(plan, shape, text)
-        whole = arithmetic(plan_for(width, height, None, steps), shape, text)
+        whole = arithmetic(plan_of(width, height, None, steps), shape, text)
         base = found.get(f"{size}, FluxPipeline, {mode}", {}).get("seconds")
         against = f"{row['seconds'] / base:.2f}" if base else ""
         share = work / row["seconds"] / found["operations a second"]

@@ -11,10 +11,11 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ find
     from .core.plan import Cost, Plan, make_plan
     from .core.rollout import Denoiser, Frame, Moving, rollout
     from .core.sigmas import sigmas
+    from .defaults import Card, plan_for
     from .models.denoiser import FluxDenoiser
     from .models.flux import RollingFluxTransformer2DModel
     from .picture import plan_picture
-    from .pipeline import Card, RollingFluxPipeline, load
+    from .pipeline import RollingFluxPipeline, load
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "load",
     "make_order",
     "make_plan",
+    "plan_for",
     "plan_picture",
     "rollout",
     "sigmas",
@@ -56,13 +58,15 @@ def __getattr__(name: str) -> object:
         from .core import rollout as room
     elif name == "sigmas":
         from .core import sigmas as room
+    elif name in ("Card", "plan_for"):
+        from . import defaults as room
     elif name == "FluxDenoiser":
         from .models import denoiser as room
     elif name == "RollingFluxTransformer2DModel":
         from .models import flux as room
     elif name == "plan_picture":
         from . import picture as room
-    elif name in ("Card", "RollingFluxPipeline", "load"):
+    elif name in ("RollingFluxPipeline", "load"):
         from . import pipeline as room
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,6 @@ import pytest
 pytest.importorskip("diffusers")
 
 from benchmarks import flux
-from rolling_diffusion.pipeline import Card
 
 DOC = Path(__file__).parent.parent / "docs" / "flux.md"
 
@@ -17,15 +16,9 @@ def test_the_documented_predictions_are_those_that_the_command_prints():
     assert flux.predictions() in DOC.read_text(encoding="utf-8")
 
 
-def test_predictions_are_made_with_the_pipeline_s_own_defaults():
-    card = Card()
-    assert (card.window, card.overlap, card.native_tokens) == (flux.WINDOW, flux.OVERLAP, flux.NATIVE)
-    assert (card.memory_tokens, card.draft_steps(100)) == (flux.CAP, round(100 * flux.DRAFT))
-
-
 def test_arithmetic_of_a_full_pass_is_flux_s():
     """74.4 TFLOP a forward at 1024² with 512 text tokens."""
-    assert flux.arithmetic(flux.plan_for(1024, 1024, None), flux.FLUX) / flux.STEPS == pytest.approx(74.4e12, rel=2e-3)
+    assert flux.arithmetic(flux.plan_of(1024, 1024, None), flux.FLUX) / flux.STEPS == pytest.approx(74.4e12, rel=2e-3)
 
 
 def test_the_small_model_runs_every_case():

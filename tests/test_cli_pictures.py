@@ -11,9 +11,9 @@ from PIL import Image, ImageSequence
 
 from rolling_diffusion.cli import generate, main
 from rolling_diffusion.cli.files import read_settings
-from rolling_diffusion.cli.model import habits_of
-from rolling_diffusion.cli.settings import Habits
+from rolling_diffusion.cli.model import EMBEDDED_FOLDER
 from rolling_diffusion.core.plan import make_plan
+from rolling_diffusion.defaults import Card
 
 TINY = ("--width", "64", "--height", "64", "--steps", "3", "--device", "cpu")
 PROMPT = "a red house left of a blue boat"
@@ -62,11 +62,13 @@ def test_a_picture_can_be_made_again_from_itself(here, model, capsys):
     assert capsys.readouterr().out.split() == ["one.png", "two.png", "three.png"]
 
 
-def test_every_setting_is_in_the_picture_and_resolved(here, model):
+def test_every_setting_is_in_the_picture_but_what_fits_the_canvas(here, model):
     main(["generate", PROMPT, *TINY, "--model", model, "-o", "one.png"])
     settings = read_settings("one.png")
-    assert settings.keys() == generate.DEFAULTS.keys() | {"window", "overlap", "version"}
-    assert settings["dtype"] == "float32" and settings["cfg"] == 2.5 and settings["window"] == 4
+    assert settings.keys() == generate.DEFAULTS.keys() | {"version"}
+    assert settings["dtype"] == "float32" and settings["cfg"] == 2.5 and settings["width"] == 64
+    assert all(settings[name] is None for name in ("window", "overlap", "draft", "lookahead"))
+    assert main(["generate", "--from", "one.png", "--steps", "2", "-o", "two.png"]) == 0  # a draft of 1, not of 2
 
 
 def test_each_picture_of_a_batch_can_be_made_alone(here, model):
@@ -152,19 +154,16 @@ def test_stopping_leaves_no_file(here, model, monkeypatch, capsys):
     assert "stopped" in capsys.readouterr().err
 
 
-def test_the_defaults_are_the_embedded_models_card():
+def test_samplers_and_schedulers_are_the_pipeline_s():
     from rolling_diffusion.pipeline import SAMPLERS, SPACINGS
-    from rolling_diffusion.pipeline.card import Card
-    from rolling_diffusion.train.export import CARD
 
-    card = Card.of(CARD)
-    habits = Habits(card.size, card.steps, card.draft, card.native_tokens, card.max_sequence_length)
-    assert habits == Habits()
     assert (*SAMPLERS, *SPACINGS) == (*generate.SAMPLERS, *generate.SCHEDULERS)
 
 
-def test_a_folder_s_card_is_read(model):
-    assert habits_of(model, model) == Habits()
+def test_what_training_writes_is_the_embedded_models_card(model):
+    from rolling_diffusion.train.export import CARD
+
+    assert Card.in_folder(model) == Card.of(CARD) == Card.in_folder(EMBEDDED_FOLDER)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])

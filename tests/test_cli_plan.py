@@ -10,8 +10,6 @@ from PIL import Image
 
 from rolling_diffusion.cli import main
 from rolling_diffusion.cli.files import read_settings
-from rolling_diffusion.cli.settings import fit_window
-from rolling_diffusion.core.order import COLUMN_ORDERS, ORDERS, ROW_ORDERS
 from rolling_diffusion.core.plan import make_plan
 
 
@@ -44,9 +42,10 @@ def test_the_default_run_rolls(capsys, tmp_path):
     assert tuple(plan[name] for name in names) == (32, 32, 16, 8, 10, 5)
 
 
-def test_another_model_brings_its_own_habits(capsys):
+def test_another_model_brings_its_own_defaults(capsys):
     out = said(capsys, "--model", "black-forest-labs/FLUX.1-dev")
     assert "1024 × 1024 pixels" in out and "28 a block, 14 of them in the draft" in out and "512 of text" in out
+    assert "window   64 cells, overlap 16:" in out
 
 
 def test_a_canvas_beyond_the_models_own_looks_one_window_ahead(capsys):
@@ -54,16 +53,6 @@ def test_a_canvas_beyond_the_models_own_looks_one_window_ahead(capsys):
     assert "waiting blocks: 128 cells" in said(capsys, "--height", "2048")
     assert "waiting blocks: the whole canvas" in said(capsys, "--height", "2048", "--lookahead", "all")
     assert "waiting blocks: nothing" in said(capsys, "--lookahead", "0")
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("height, width", [(32, 32), (128, 32), (30, 58), (6, 6), (4, 4), (2, 2), (512, 128)])
-def test_the_fitted_window_always_makes_a_plan(order, height, width):
-    window = fit_window(order, height, width)
-    plan = make_plan(height, width, 20, order, window=window, overlap=window // 2 // 2 * 2)
-    extent = height if order in ROW_ORDERS else width if order in COLUMN_ORDERS else min(height, width)
-    assert 0.3 * extent <= window <= max(4, 0.7 * extent)
-    assert len(plan.blocks) > 1 or extent <= 4
 
 
 def test_a_window_alone_brings_half_of_it_as_overlap(capsys):

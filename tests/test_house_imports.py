@@ -25,6 +25,7 @@ ALLOWED = {
         *("comfy", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "node_helpers", "nodes"),
     },
     "train": None,
+    "defaults": set(),
     "cli": None,
 }
 
@@ -40,6 +41,11 @@ def test_importing_the_package_pulls_in_nothing_heavy():
     loaded = modules_after("import rolling_diffusion; dir(rolling_diffusion)")
     assert "rolling_diffusion" in loaded
     assert not loaded & {"torch", "numpy", "PIL", "scipy", "comfy", "diffusers", "transformers"}
+
+
+def test_plans_and_defaults_need_no_torch():
+    loaded = modules_after("import rolling_diffusion; rolling_diffusion.plan_for, rolling_diffusion.Card")
+    assert "rolling_diffusion" in loaded and not loaded & {"torch", "numpy", "diffusers", "transformers"}
 
 
 def test_the_core_pulls_in_neither_diffusers_nor_a_host():

@@ -9,7 +9,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from rolling_diffusion.pipeline.card import Card
+from rolling_diffusion.defaults import Card
 from rolling_diffusion.train.checkpoint import Average, read, write
 from rolling_diffusion.train.diffusion import (
     CANVASES,

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..defaults import Card
 from .arguments import Parser, decimal, name_in, whole_number
 from .files import ANIMATIONS, check_target, find_ffmpeg, read_settings, save_animation, save_json, save_png
-from .model import DTYPES, EMBEDDED, QUANTIZERS, device_named, habits_of, known_words, load, locate, lora, unknown_words
-from .settings import CELL, PLAN_DEFAULTS, Habits, add_plan_options, complete, plan_of
+from .model import DTYPES, EMBEDDED, QUANTIZERS, device_named, known_words, load, locate, lora, unknown_words
+from .settings import CELL, PLAN_DEFAULTS, add_plan_options, complete, plan_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,17 +80,15 @@ def run(values: argparse.Namespace) -> int:
     if not prompt.strip():
         raise ValueError('a prompt is needed: rolling-diffusion generate "a red ball above a blue boat"')
     outputs = targets(values, prompt, recorded.get("seed", 0) if values.seed is None else values.seed)
-    if name == EMBEDDED:  # its habits are known: what does not fit is found at once
-        plan_of(complete(values, recorded, DEFAULTS, Habits()))
-    device = device_named(values.device or recorded.get("device", "auto"))
     folder = locate(name)
-    settings = complete(values, recorded, DEFAULTS, habits_of(name, folder))
-    settings["device"] = device
-    plan = plan_of(settings)
+    card = Card.in_folder(folder)
+    settings = complete(values, recorded, DEFAULTS, card)
+    plan = plan_of(settings, card)
+    settings["device"] = device_named(values.device or recorded.get("device", "auto"))
 
     started = time.perf_counter()
     options = {"cpu_offload": settings["cpu_offload"] or False, "quantize": settings["quantize"]}
-    pipeline = load(folder, device, settings["dtype"], lora=dict(settings["lora"] or ()), **options)
+    pipeline = load(folder, settings["device"], settings["dtype"], lora=dict(settings["lora"] or ()), **options)
     settings["dtype"] = str(pipeline.dtype).removeprefix("torch.")
     settings["cfg"] = pipeline.card.cfg if settings["cfg"] is None else settings["cfg"]
     warn(pipeline, settings)
@@ -201,8 +200,8 @@ def draw(
             num_inference_steps=settings["steps"],
             cfg=settings["cfg"],
             order=settings["order"],
-            window=settings["window"],
-            overlap=settings["overlap"],
+            window=plan.window,
+            overlap=plan.overlap,
             attention_persistence=settings["persistence"],
             draft=settings["draft"],
             lookahead=plan.lookahead,

@@ -10,8 +10,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .settings import Habits
-
 if TYPE_CHECKING:
     from ..pipeline import RollingFluxPipeline
 
@@ -90,18 +88,6 @@ def known_words(tokenizer: Any) -> list[str]:
     """The tokenizer's words, sorted, without its special tokens."""
     special = set(tokenizer.all_special_tokens)
     return sorted(w for w in tokenizer.get_vocab() if w not in special and w.isalpha())
-
-
-def habits_of(name: str, folder: str) -> Habits:
-    """What the model is sampled with when nothing is said, as its card tells; without one, as FLUX.1-dev is."""
-    if name == EMBEDDED:
-        return Habits()
-    quiet()
-    from ..pipeline import Card
-
-    index = Path(folder) / "model_index.json"
-    card = Card.of(json.loads(index.read_text()).get("rolling") if index.is_file() else None)
-    return Habits(card.size, card.steps, card.draft, card.native_tokens, card.max_sequence_length)
 
 
 def load(folder: str, device: str, dtype: str, **options: Any) -> RollingFluxPipeline:

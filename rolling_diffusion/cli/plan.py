@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..core.plan import Plan, make_plan
+from ..defaults import Card
 from .arguments import Parser, whole_number
 from .files import check_target, save_json, save_png
-from .model import EMBEDDED, habits_of, locate
-from .settings import PLAN_DEFAULTS, Habits, add_plan_options, complete, plan_of
+from .model import EMBEDDED, locate
+from .settings import PLAN_DEFAULTS, add_plan_options, complete, plan_of
 
 HEAD = ("", "calls", "tokens/call", "in motion", "visible", "evaluations", "of full")
 
@@ -18,17 +19,22 @@ HEAD = ("", "calls", "tokens/call", "in motion", "visible", "evaluations", "of f
 def add_options(parser: Parser) -> None:
     add_plan_options(parser)
     add = parser.add_argument
-    add("--model", default=EMBEDDED, metavar="MODEL", help="whose habits fill in what is not said (default: embedded)")
+    add(
+        "--model",
+        default=EMBEDDED,
+        metavar="MODEL",
+        help="whose own defaults fill in what is not said (default: embedded)",
+    )
     add("--text-tokens", type=whole_number(0), metavar="N", help="of the prompt (default: the model's own)")
     add("-o", "--output", type=Path, metavar="FILE.png", help="a picture of the plan")
     add("--json", type=Path, metavar="FILE", help="the plan and its cost, for programs")
 
 
 def run(values: argparse.Namespace) -> int:
-    habits = Habits() if values.model == EMBEDDED else habits_of(values.model, locate(values.model))
-    settings = complete(values, {}, PLAN_DEFAULTS, habits)
-    plan = plan_of(settings)
-    text_tokens = habits.text_tokens if values.text_tokens is None else values.text_tokens
+    card = Card.in_folder(locate(values.model))
+    settings = complete(values, {}, PLAN_DEFAULTS, card)
+    plan = plan_of(settings, card)
+    text_tokens = card.max_sequence_length if values.text_tokens is None else values.text_tokens
     if values.output is not None:
         check_target(values.output, (".png",))
     if values.json is not None:

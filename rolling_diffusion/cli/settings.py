@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from typing import Any
 
-from ..core.order import COLUMN_ORDERS, ORDERS, ROW_ORDERS
-from ..core.plan import DRAFT, Plan, draft_steps, make_plan
+from ..core.order import ORDERS
+from ..core.plan import Plan
+from ..defaults import EVERYWHERE, Card, plan_for
 from .arguments import Parser, decimal, name_in, number_or, whole_number
 
 CELL, TOKEN = 8, 2  # pixels a cell, cells a token: Flux's, and the embedded model's
-EVERYTHING = "all"  # a lookahead over the whole canvas
 PLAN_DEFAULTS: dict[str, Any] = {
     "width": None,
     "height": None,
     "steps": None,
     "order": "top-to-bottom",
+    "window": None,
+    "overlap": None,
     "draft": None,
     "lookahead": None,
     "lag": None,
     "persistence": 1.0,
     "seed": 0,
 }
-
-
-@dataclass(frozen=True)
-class Habits:
-    """What a model is sampled with when nothing is said; here, as the embedded model's card has it.
-
-    size: pixels a side. draft: share of the steps. native_tokens: of the image, up to which a block sees the whole
-    canvas. text_tokens: of a prompt.
-    """
-
-    size: int = 256
-    steps: int = 20
-    draft: float = DRAFT
-    native_tokens: int = 1024
-    text_tokens: int = 32
 
 
 def add_plan_options(parser: Parser) -> None:
@@ -53,15 +39,16 @@ def add_plan_options(parser: Parser) -> None:
         help="noise levels that every block passes through (default: the model's own)",
     )
     add("--order", type=name_in(ORDERS), metavar="NAME", help=f"{', '.join(ORDERS)} (default: top-to-bottom)")
-    add("--window", type=whole_number(1), metavar="CELLS", help="cells that are in motion (default: half the canvas)")
-    add("--overlap", type=whole_number(0), metavar="CELLS", help="cells that stay as it advances (default: half of it)")
+    add("--window", type=whole_number(1), metavar="CELLS", help="cells that are in motion (default: the model's own)")
+    stay = "cells that stay as it advances (default: the model's own, at most half of it)"
+    add("--overlap", type=whole_number(0), metavar="CELLS", help=stay)
     add(
         "--draft",
         type=whole_number(0),
         metavar="STEPS",
         help="first steps that all blocks take together (default: the model's own)",
     )
-    reach = number_or(EVERYTHING, "cells")
+    reach = number_or(EVERYWHERE, "cells")
     add(
         "--lookahead",
         type=reach,
@@ -75,36 +62,22 @@ def add_plan_options(parser: Parser) -> None:
     add("--seed", type=whole_number(0), metavar="N", help="of the noise, and of --order random (default: 0)")
 
 
-def fit_window(order: str, height: int, width: int) -> int:
-    """A window (cells) of about half the canvas (cells) along the order, so that it visibly rolls; a multiple of 4."""
-    extent = height if order in ROW_ORDERS else width if order in COLUMN_ORDERS else min(height, width)
-    return max(2 * TOKEN, round(extent / 2 / (2 * TOKEN)) * 2 * TOKEN) if extent > TOKEN else TOKEN
-
-
 def complete(
-    values: argparse.Namespace, recorded: dict[str, Any], defaults: dict[str, Any], habits: Habits
+    values: argparse.Namespace, recorded: dict[str, Any], defaults: dict[str, Any], card: Card
 ) -> dict[str, Any]:
-    """What was said, else what was recorded, else the default, for each of `defaults`; the rest fitted to the model and
-    the canvas. A recorded overlap or lookahead is not kept where the window it belongs to was said anew."""
+    """What was said, else what was recorded, else the default, for each of `defaults`; size and steps from the card.
+
+    What the plan fits to the canvas stays None. A recorded overlap or lookahead is not kept where the window it belongs
+    to was said anew.
+    """
     said = {name: value for name, value in vars(values).items() if value is not None}
     if said.keys() & {"window", "order", "width", "height"}:
         recorded = {name: value for name, value in recorded.items() if name not in ("window", "overlap", "lookahead")}
     settings = {name: said.get(name, recorded.get(name, default)) for name, default in defaults.items()}
-
-    def fit(name: str, value: Any) -> Any:
-        known = said.get(name, recorded.get(name))
-        settings[name] = value if known is None else known
-        return settings[name]
-
-    height, width = (fit(side, habits.size) for side in ("height", "width"))
+    for name, own in (("width", card.size), ("height", card.size), ("steps", card.steps)):
+        settings[name] = own if settings[name] is None else settings[name]
     for side in ("width", "height"):
         check_side(side, settings[side])
-    steps = fit("steps", habits.steps)
-    fit("draft", draft_steps(steps, habits.draft))
-    window = fit("window", fit_window(settings["order"], height // CELL, width // CELL))
-    fit("overlap", window // 2 // TOKEN * TOKEN)
-    known = width * height <= habits.native_tokens * (CELL * TOKEN) ** 2
-    fit("lookahead", EVERYTHING if known else window)
     return settings
 
 
@@ -117,22 +90,21 @@ def check_side(name: str, pixels: int) -> None:
         raise ValueError(f"--{name} is {pixels} pixels, and must be a multiple of {side}: take {nearby}")
 
 
-def plan_of(settings: dict[str, Any]) -> Plan:
-    """The plan that these settings make; heun takes two ticks a step, and one for the last."""
-    steps, draft = settings["steps"], settings["draft"]
-    if settings.get("sampler") == "heun":
-        steps, draft = 2 * steps - 1, 2 * draft
-    return make_plan(
+def plan_of(settings: dict[str, Any], card: Card) -> Plan:
+    """The plan that these settings make with a model; heun takes two ticks a step, and one for the last."""
+    return plan_for(
+        card,
         settings["height"] // CELL,
         settings["width"] // CELL,
-        steps,
+        settings["steps"],
         order=settings["order"],
         window=settings["window"],
         overlap=settings["overlap"],
-        draft=draft,
-        lookahead=None if settings["lookahead"] == EVERYTHING else settings["lookahead"],
-        seed=settings["seed"],
-        lag=settings["lag"],
-        multiple=TOKEN,
         persistence=settings["persistence"],
+        draft=settings["draft"],
+        lookahead="auto" if settings["lookahead"] is None else settings["lookahead"],
+        lag=settings["lag"],
+        seed=settings["seed"],
+        multiple=TOKEN,
+        calls_per_step=2 if settings.get("sampler") == "heun" else 1,
     )

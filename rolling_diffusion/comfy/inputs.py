@@ -33,7 +33,8 @@ EXTRAS: dict[str, Any] = {
         "-1 is half of the steps."}),
     "lookahead": ("INT", {
         "default": -1, "min": -1, "max": 16384, "step": 1,
-        "tooltip": "Cells ahead that blocks still waiting are attended to (Flux). -1 is the whole canvas, 0 none."}),
+        "tooltip": "Cells ahead that blocks still waiting are attended to (Flux). -1 is the whole canvas, "
+        "of more than a megapixel one window; 0 none."}),
     "context_noise": ("FLOAT", {
         "default": 0.0, "min": 0.0, "max": 0.5, "step": 0.01,
         "tooltip": "Noise level at which finished blocks are remembered (Flux). A little (0.01) can steady long "

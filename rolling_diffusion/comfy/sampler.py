@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.cohort import ADAPTIVE
-from ..core.plan import Plan, draft_steps, make_plan
+from ..core.plan import Plan
 from ..core.rollout import rollout
+from ..defaults import Card, plan_for
 from .canvas import log
 from .flux import FluxDenoiser, is_flux
 from .windows import WindowDenoiser
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the nodes ask for, in cells. draft -1: half of the steps; lookahead -1: all; memory_cap 0: no cap."""
+    """What the nodes ask for, in cells. draft -1, lookahead -1: FLUX.1-dev's default; memory_cap 0: no cap."""
 
     order: str = "top-to-bottom"
     window: int = 64
@@ -37,16 +38,17 @@ class Settings:
     seed: int = 0
 
     def plan(self, height: int, width: int, steps: int, multiple: int = 1) -> Plan:
-        """The plan for a canvas in cells; its far edges are rounded up to whole tokens. ValueError as make_plan's."""
-        return make_plan(
+        """The plan for a canvas in cells; its far edges are rounded up to whole tokens. ValueError as plan_for's."""
+        return plan_for(
+            Card(),
             -(-height // multiple) * multiple,
             -(-width // multiple) * multiple,
             steps,
             order=self.order,
             window=self.window,
             overlap=self.overlap,
-            draft=draft_steps(steps) if self.draft < 0 else self.draft,
-            lookahead=None if self.lookahead < 0 else self.lookahead,
+            draft=None if self.draft < 0 else self.draft,
+            lookahead="auto" if self.lookahead < 0 else self.lookahead,
             seed=self.seed % 2**63,
             multiple=multiple,
             persistence=self.persistence,

@@ -130,6 +130,11 @@ def _spiral(down: int, across: int) -> list[int]:
     return path
 
 
+def span(name: str, height: int, width: int) -> int:
+    """Cells that a window travels to see the canvas: along the order for strips, the larger side for tiles."""
+    return height if name in ROW_ORDERS else width if name in COLUMN_ORDERS else max(height, width)
+
+
 def make_order(name: str, height: int, width: int, size: int, seed: int = 0) -> Order:
     """The order `name` over a height × width canvas, in blocks `size` cells thick; `seed` is for "random" alone."""
     if name not in ORDERS:

@@ -22,9 +22,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from .cost import Cost, count
-from .order import COLUMN_ORDERS, ORDERS, ROW_ORDERS, TILE_ORDERS, Block, Order, make_order
-
-DRAFT = 0.5  # share of the steps, unless a model's card says otherwise: docs/results.md has the study that decided it
+from .order import ORDERS, TILE_ORDERS, Block, Order, make_order, span
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,8 @@ class Plan:
     @property
     def size(self) -> int:
         """Thickness of a block: what the window advances by, or the whole canvas if the window covers it."""
-        return max(self.height, self.width) if self.window >= self._span else self.window - self.overlap
-
-    @property
-    def _span(self) -> int:
-        """How far the window has to travel to see the canvas."""
-        if self.order in ROW_ORDERS:
-            return self.height
-        return self.width if self.order in COLUMN_ORDERS else max(self.height, self.width)
+        whole = self.window >= span(self.order, self.height, self.width)
+        return max(self.height, self.width) if whole else self.window - self.overlap
 
     @property
     def alone(self) -> bool:
@@ -210,11 +202,6 @@ def make_plan(
     if not isinstance(lag, int) or not 0 <= lag <= run:
         raise ValueError(f'lag is {lag!r}, and must be from 0 to {run} (steps - draft), "autoregressive", or None')
     return Plan(height, width, steps, order, window, overlap, draft, lookahead, seed, lag, multiple, persistence)
-
-
-def draft_steps(steps: int, share: float = DRAFT) -> int:
-    """Draft steps that are a share of the steps: at least one step is left to the blocks."""
-    return min(round(share * steps), steps - 1)
 
 
 def _lag(run: int, window: int, overlap: int, axes: int) -> int:

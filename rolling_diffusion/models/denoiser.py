@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.cohort import block_seed
 from ..core.memory import Memory, View
-from .flux import TEXT_LEVELS
+from ..defaults import check_text_level
 
 if TYPE_CHECKING:
     from ..core.order import Block
@@ -145,9 +145,7 @@ class FluxDenoiser:
         if transformer.config.guidance_embeds and guidance is None:
             raise ValueError("This transformer embeds a guidance scale: give guidance, for FLUX.1-dev about 3.5.")
         self.guidance = guidance if transformer.config.guidance_embeds else None
-
-        if text_level not in TEXT_LEVELS:
-            raise ValueError(f"text_level is {text_level!r}, but it must be one of {', '.join(TEXT_LEVELS)}.")
+        check_text_level(text_level)
 
         def branch(embeds: Tensor, pooled: Tensor, ids: Tensor | None, options: dict[str, Any] | None) -> _Branch:
             memory = Memory(persistence, lookahead, cap, sinks, size=size, device=memory_device)

@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.memory import View
+from ..defaults import check_text_level
 from .blocks import (
     ROLLING_PROCESSORS,
     Call,
     RollingFluxSingleTransformerBlock,
     RollingFluxTransformerBlock,
 )
-
-TEXT_LEVELS = ("max", "mean", "min")
 
 
 class Keep(Protocol):
@@ -173,8 +172,7 @@ class RollingFluxTransformer2DModel(FluxTransformer2DModel):
         self, x: Tensor, timestep: Tensor, ranges: Sequence[int] | Tensor | None, text_level: str
     ) -> tuple[Tensor | None, Tensor]:
         """The level of each image token (None: all share one), and timesteps (B, 1 + levels), the text's first."""
-        if text_level not in TEXT_LEVELS:
-            raise ValueError(f"text_level is {text_level!r}, but it must be one of {', '.join(TEXT_LEVELS)}.")
+        check_text_level(text_level)
         if timestep.ndim == 1:
             timestep = timestep[:, None]
         if isinstance(ranges, Tensor):

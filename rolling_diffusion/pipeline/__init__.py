@@ -1,6 +1,6 @@
 """The diffusers pipeline: FluxPipeline with an order, a rolling window and memory."""
 
-from .card import Card
+from ..defaults import Card
 from .flux import RollingFluxPipeline
 from .loading import load
 from .schedulers import SAMPLERS, SPACINGS

@@ -20,12 +20,10 @@ from transformers import (
     T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue] (transformers 5 makes it up when asked)
 )
 
-from ..core.order import COLUMN_ORDERS, ROW_ORDERS
-from ..core.plan import make_plan
 from ..core.rollout import Frame
+from ..defaults import Card, plan_for
 from ..models.denoiser import PATCH, FluxDenoiser, pack, unpack
 from ..models.flux import RollingFluxTransformer2DModel
-from .card import Card
 from .conditions import Prompt, encode_images, encode_prompts
 from .guidance import decide
 from .run import Branch, Run
@@ -221,24 +219,21 @@ class RollingFluxPipeline(FluxPipeline):
         scheduler, steps = prepare(scheduler, levels, steps, sigmas, packed.shape[1], device)
         first = generator[0] if isinstance(generator, list) else generator
         seed = 0 if first is None else first.initial_seed()
-        span = cells[0] if order in ROW_ORDERS else cells[1] if order in COLUMN_ORDERS else max(cells)
-        fitted = self.card.window_for(span, PATCH)
-        window = fitted[0] if window is None else window
-        if lookahead == "auto":
-            lookahead = None if packed.shape[1] <= self.card.native_tokens else window
-        plan = make_plan(
+        plan = plan_for(
+            self.card,
             cells[0],
             cells[1],
-            len(scheduler.timesteps),
+            steps,
             order=order,
             window=window,
-            overlap=min(fitted[1], window // 4 * PATCH) if overlap is None else overlap,
-            draft=(self.card.draft_steps(steps) if draft is None else draft) * scheduler.order,
-            lookahead=lookahead,  # pyright: ignore[reportArgumentType]
-            seed=seed,
-            lag=lag,
-            multiple=PATCH,
+            overlap=overlap,
             persistence=attention_persistence,
+            draft=draft,
+            lookahead=lookahead,
+            lag=lag,
+            seed=seed,
+            multiple=PATCH,
+            calls_per_step=scheduler.order,
         )
         self._num_timesteps = plan.ticks
         cap = self.card.memory_tokens if memory_tokens is None else memory_tokens

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .card import Card
+from ..defaults import Card
 
 if TYPE_CHECKING:
     from ..core.rollout import Moving
