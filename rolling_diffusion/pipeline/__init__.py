@@ -1,8 +1,8 @@
-"""The diffusers pipeline: FluxPipeline with an order, a rolling window and memory."""
+"""roll(pipe): pipelines of diffusers, drawing in an order."""
 
-from ..defaults import Card
-from .flux import RollingFluxPipeline
 from .loading import load
+from .roll import Rolling, roll
+from .run import Frame
 from .schedulers import SAMPLERS, SPACINGS
 
-__all__ = ["SAMPLERS", "SPACINGS", "Card", "RollingFluxPipeline", "load"]
+__all__ = ["SAMPLERS", "SPACINGS", "Frame", "Rolling", "load", "roll"]

@@ -9,44 +9,24 @@ classifier-free guidance, against the empty prompt if there is no other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from ..defaults import Card
 
-if TYPE_CHECKING:
-    from ..core.rollout import Moving
-
 BOUND = 15 / 256  # of the difference's root mean square: the paper's r = 15 for SDXL's 256² latent numbers
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """embedded: the distilled scale. scale: of the two branches; at most 1 means one branch. projected: joined so.
-    fills_in: the negative branch takes the empty prompt if there is no other."""
+    """How the answers to a prompt and to its negative are joined: as the pipeline does it, or projected."""
 
-    embedded: float
-    scale: float = 1.0
     projected: bool = False
-    fills_in: bool = False
-
-    def join(self, moving: Sequence[Moving], positive: Sequence[Tensor], negative: Sequence[Tensor]) -> list[Tensor]:
-        """Velocities of the two branches, (B, C, h, w) for each block, to one."""
-        if not self.projected:
-            return [n + self.scale * (p - n) for p, n in zip(positive, negative)]
-        levels = [float(m.sigma) for m in moving]
-        joined, xs = list(positive), [m.x for m in moving]
-        for level in dict.fromkeys(levels):  # blocks at one level are projected as one
-            places = [i for i, each in enumerate(levels) if each == level]
-            x, p, n = (torch.cat([v[i].flatten(1) for i in places], 1) for v in (xs, positive, negative))
-            guided = p + (self.scale - 1) * project(x, level, p, n)
-            for i, part in zip(places, guided.split([positive[i][0].numel() for i in places], 1)):
-                joined[i] = part.unflatten(1, positive[i].shape[1:])
-        return joined
 
 
 def project(x: Tensor, sigma: float, positive: Tensor, negative: Tensor) -> Tensor:
@@ -63,27 +43,40 @@ def project(x: Tensor, sigma: float, positive: Tensor, negative: Tensor) -> Tens
 
 
 def decide(
-    card: Card,
-    distilled: bool,
-    negative: bool,
-    cfg: float | None,
-    guidance_scale: float | None,
-    true_cfg_scale: float | None,
-) -> Guidance:
-    """From what was given; `negative`: whether a negative prompt says anything.
+    card: Card, parameters: Collection[str], said: Mapping[str, Any], cfg: float | None, distilled: bool
+) -> tuple[Guidance, dict[str, Any]]:
+    """What `cfg` comes to, as arguments of a pipeline's call.
 
-    guidance_scale and true_cfg_scale are FluxPipeline's and act as there; cfg is the one number in their place.
+    parameters: names that the call takes. said: those that were given. distilled: whether guidance is an input of the
+    model. guidance_scale and true_cfg_scale, when given, act as the pipeline has them; cfg is one number in their place.
     """
-    if cfg is not None and (guidance_scale is not None or true_cfg_scale is not None):
-        raise ValueError("give cfg, or guidance_scale and true_cfg_scale as FluxPipeline has them, but not both")
-    for name, value in {"cfg": cfg, "guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale}.items():
+    scales = [name for name in ("guidance_scale", "true_cfg_scale") if said.get(name) is not None]
+    if cfg is not None and scales:
+        raise ValueError(f"cfg and {scales[0]} are given, and must not be both: cfg is one number in place of the other")
+    for name, value in [("cfg", cfg), *((name, said[name]) for name in scales)]:
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"{name} is {value}, and must be a number of at least 0")
-    embedded = card.guidance if guidance_scale is None else guidance_scale
-    if cfg is None and guidance_scale is None and true_cfg_scale is None:
+    negative = _says(said.get("negative_prompt")) or said.get("negative_prompt_embeds") is not None
+    if cfg is None and not scales:
         cfg = card.cfg
+    if "true_cfg_scale" not in parameters:
+        if cfg is None:
+            return Guidance(), {}
+        if "guidance_scale" not in parameters:
+            raise ValueError("cfg is given, but this pipeline takes no guidance: leave it out")
+        return Guidance(), {"guidance_scale": cfg}
     if cfg is None:
-        return Guidance(embedded, 1.0 if true_cfg_scale is None else true_cfg_scale)
+        if negative and said.get("true_cfg_scale", 1) <= 1:
+            logger.warning("The negative prompt has no effect unless cfg, or true_cfg_scale, is above 1.")
+        return Guidance(), {}
     if not distilled:
-        return Guidance(embedded, cfg, fills_in=True)
-    return Guidance(embedded, cfg, projected=True) if negative else Guidance(cfg)
+        given = said.get("negative_prompt") is not None or negative
+        return Guidance(), {"true_cfg_scale": cfg} | ({} if given else {"negative_prompt": ""})
+    if not negative:
+        return Guidance(), {"guidance_scale": cfg, "true_cfg_scale": 1.0}
+    return Guidance(projected=cfg > 1), {"guidance_scale": card.guidance, "true_cfg_scale": cfg}
+
+
+def _says(prompt: Any) -> bool:
+    """Is it given, and not empty?"""
+    return any(text.strip() for text in ([prompt] if isinstance(prompt, str) else prompt or ()))

@@ -17,8 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..models.convert import flux_from_comfy
-from ..models.flux import RollingFluxTransformer2DModel
-from .flux import RollingFluxPipeline
 from .space import OutOfMemory
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
@@ -41,7 +39,7 @@ def load(
     quantize: str | None = None,
     parts: str | Path = FLUX_DEV,
     **components: Any,
-) -> RollingFluxPipeline:
+) -> Any:
     """A pipeline on its device. ValueError, of one sentence, for what is wrong; torch.OutOfMemoryError if it won't fit.
 
     model: a folder, a repository, or a .safetensors or .gguf file; what a file lacks (text encoders, VAE) comes from
@@ -92,7 +90,7 @@ def _from_folder(model: str | Path, source: Path, dtype: torch.dtype, quantize: 
     if not source.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(f"there is no folder or file {model}, and it does not name a repository either")
     settings = {"quantization_config": _pipeline_quantizer(quantize, dtype)} if quantize else {}
-    return RollingFluxPipeline.from_pretrained(name, torch_dtype=dtype, **settings, **components)
+    return diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, **settings, **components)
 
 
 def _from_file(source: Path, dtype: torch.dtype, quantize: str | None, parts: str, components: dict) -> Any:
@@ -114,7 +112,7 @@ def _from_file(source: Path, dtype: torch.dtype, quantize: str | None, parts: st
             settings["quantization_config"] = _model_quantizer(quantize, dtype, diffusers)
     local = {"config": parts} if whole or parts else {}
     if whole and "quantization_config" not in settings:
-        return RollingFluxPipeline.from_single_file(str(source), torch_dtype=dtype, **local, **components)
+        return diffusers.FluxPipeline.from_single_file(str(source), torch_dtype=dtype, **local, **components)
     with plainly(f"{parts}, which holds what {source.name} lacks,"):
         return _beside(source, parts, dtype, settings, components)
 
@@ -124,10 +122,10 @@ def _beside(source: Path, parts: str, dtype: torch.dtype, settings: dict[str, An
     if source.suffix != ".gguf" and "quantization_config" not in settings and _width(source) not in (None, FLUX_WIDTH):
         transformer = _small_transformer(source, parts, dtype)
     else:
-        transformer = RollingFluxTransformer2DModel.from_single_file(
+        transformer = diffusers.FluxTransformer2DModel.from_single_file(
             str(source), config=parts, subfolder="transformer", **settings
         )
-    return RollingFluxPipeline.from_pretrained(parts, transformer=transformer, torch_dtype=dtype, **components)
+    return diffusers.FluxPipeline.from_pretrained(parts, transformer=transformer, torch_dtype=dtype, **components)
 
 
 def _keys(source: Path) -> list[str]:
@@ -147,10 +145,10 @@ def _width(source: Path) -> int | None:
     return None
 
 
-def _small_transformer(source: Path, parts: str, dtype: torch.dtype) -> RollingFluxTransformer2DModel:
+def _small_transformer(source: Path, parts: str, dtype: torch.dtype) -> diffusers.FluxTransformer2DModel:
     """A transformer of another width than FLUX.1's: diffusers converts that width only."""
-    config: Any = RollingFluxTransformer2DModel.load_config(parts, subfolder="transformer")
-    transformer: Any = RollingFluxTransformer2DModel.from_config(config)
+    config: Any = diffusers.FluxTransformer2DModel.load_config(parts, subfolder="transformer")
+    transformer: Any = diffusers.FluxTransformer2DModel.from_config(config)
     transformer.load_state_dict(flux_from_comfy(load_file(source)))
     return transformer.to(dtype).eval()
 

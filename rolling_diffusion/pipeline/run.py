@@ -1,164 +1,446 @@
-"""One run: the rollout's denoiser over FluxPipeline's own calls, and what happens between two ticks."""
+"""One run: a pipeline's own call, whose scheduler and transformer are stood in for.
+
+The pipeline's loop goes over ticks instead of steps. What it asks of the transformer is answered for the blocks in motion
+alone, each at its noise level; what it asks of the scheduler is done to each block by a copy of that scheduler. All else,
+from the prompt to the picture, is the pipeline's own code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from ..core.cohort import block_seed
+from ..core.memory import Memory
 from ..core.order import Block
 from ..core.plan import Plan
-from ..core.rollout import Frame, Moving, rollout
-from ..models.denoiser import FluxDenoiser, pack, unpack
-from .guidance import Guidance
-from .schedulers import call_levels, sample_with_scheduler
+from ..models.call import Levels, unwrapped
+from ..models.call import run as call
+from ..models.family import Family, Place
+from .guidance import Guidance, project
 
 
-class Interrupted(Exception):
-    """Ends a rollout when the pipeline is interrupted; never leaves `Run.latents`."""
+@dataclass(frozen=True)
+class Frame:
+    """What `on_frame` is told: tick `tick` (from 0) of `total`, the blocks in motion, and the canvas as guessed."""
+
+    tick: int
+    total: int
+    blocks: tuple[Block, ...]
+    sigmas: tuple[float, ...]  # the noise level of each block in motion
+    latents: Tensor  # the newest x0 of every block, in the pipeline's own form; noise where there is none yet
+    _cells: Callable[[Tensor], Tensor]
+
+    @property
+    def canvas(self) -> Tensor:
+        """The same as (B, C, height, width) cells."""
+        return self._cells(self.latents)
 
 
-class Branch:
-    """The transformer as FluxPipeline calls it for one prompt: in a cache context, with embeddings that may change."""
+class Ticks:
+    """What a pipeline takes for its scheduler's timesteps: a timestep for each tick, the highest of those in motion.
 
-    def __init__(self, transformer: Any, context: str):
-        self.transformer, self.context = transformer, context
-        self.embeds: Tensor | None = None  # in place of the prompt's, once a callback has changed them
+    Its length is asked for when the size of the canvas is known.
+    """
+
+    def __init__(self, run: Run, steps: Tensor):
+        self.run, self.steps = run, steps
+
+    def __len__(self) -> int:
+        return self.run.plan.ticks
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[k] for k in range(len(self)))
+
+    def __getitem__(self, k: Any) -> Tensor:
+        if isinstance(k, slice):  # such as the first one, at which a picture to start from is noised
+            return self.steps[k]
+        plan = self.run.plan
+        if not -len(self) <= k < len(self):
+            raise IndexError(f"tick {k} of {len(self)}")
+        k %= len(self)
+        return self.steps[min(plan.index(k, g) for g in (plan.moving(k)[0], plan.moving(k)[-1]))]
+
+
+class Scheduler:
+    """What a pipeline takes for its scheduler. Where there is but one block, or one level, it is the scheduler itself.
+
+    stepper: steps the blocks. levels: sets the noise levels; the same one, unless names were given: then `adopt` hands
+    them over. limit: of the shift of the noise levels.
+    """
+
+    def __init__(self, run: Run, stepper: Any, levels: Any, adopt: Callable[[Any], None] | None, limit: Callable):
+        self.run, self.stepper, self.levels = run, stepper, levels
+        self.takes_generator = "generator" in inspect.signature(stepper.step).parameters
+        self.takes_generator &= not stepper.config.get("stochastic_sampling", False)  # which draws past its generator
+        self.timesteps: Any = None
+
+        @functools.wraps(levels.set_timesteps)  # pipelines look which arguments it takes
+        def set_timesteps(*args: Any, **options: Any) -> None:
+            if options.get("mu") is not None:
+                options["mu"] = limit(options["mu"])
+            levels.set_timesteps(*args, **options)
+            if adopt is not None:
+                adopt(levels)
+            self.timesteps = stepper.timesteps
+            if not hasattr(run.pipe, "get_timesteps"):  # else that one leaves out what a picture to start from skips
+                self.timesteps = run.ticks(self.timesteps)
+
+        self.set_timesteps = set_timesteps
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.transformer, name)
+        return getattr(self.levels if name == "config" else self.stepper, name)
 
-    def __call__(self, encoder_hidden_states: Tensor, joint_attention_kwargs: dict[str, Any], **arguments: Any) -> Any:
-        with self.transformer.cache_context(self.context):
-            return self.transformer(
-                encoder_hidden_states=encoder_hidden_states if self.embeds is None else self.embeds,
-                joint_attention_kwargs=dict(joint_attention_kwargs),  # the stock forward takes entries out of it
-                **arguments,
-            )
+    def __len__(self) -> int:
+        return len(self.stepper)
+
+    @property
+    def order(self) -> int:
+        return self.stepper.order
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
+        return self.run.step(model_output, timestep, sample, *args, **options)
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+        return self.run.scale_noise(sample, timestep, noise)
+
+
+class Transformer:
+    """What a pipeline takes for its transformer."""
+
+    def __init__(self, run: Run, real: Any):
+        self.run, self.real = run, real
+        self.signature = inspect.signature(type(unwrapped(real)).forward)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if args:
+            options = dict(self.signature.bind(self.real, *args, **options).arguments)
+            del options["self"]
+        return self.run.answer(options)
 
 
 class Run:
-    """The denoiser of one rollout. It answers velocities: schedulers step those; x0 on the way would be a rounding.
-
-    canvas: (B, C, height, width) noise. bar: a progress bar. callback, inputs: FluxPipeline's callback_on_step_end and
-    the names of what it is told.
-    """
+    """What happens in the ticks of one call."""
 
     def __init__(
         self,
         pipe: Any,
-        plan: Plan,
-        scheduler: Any,
+        family: Family,
+        make_plan: Callable[[int, int, int, int], Plan],
         guidance: Guidance,
-        branches: Sequence[FluxDenoiser],
-        embeds: Tensor,
-        canvas: Tensor,
-        bar: Any,
-        callback: Callable[..., Any] | None,
-        inputs: Sequence[str],
+        *,
+        seeds: Sequence[int] | None,
+        named: bool,
+        text_level: str,
+        context_noise: float,
+        cap: int | None,
+        place_memory: Callable[[Plan, int], torch.device | None],
+        on_frame: Callable[[Frame], object] | None,
     ):
-        self.pipe, self.plan, self.scheduler, self.guidance, self.branches = pipe, plan, scheduler, guidance, branches
-        self.embeds, self.canvas, self.bar, self.callback, self.inputs = embeds, canvas, bar, callback, inputs
-        self.levels = call_levels(scheduler)
-        self.live: dict[Block, Tensor] = {}  # x of the blocks that have begun, as their samplers hold it
-        self.tick, self.stepped = -1, False
+        """make_plan: of height, width, calls and calls a step. seeds: of the pictures, if generators were given.
+        named: whether the scheduler was asked for by name. place_memory: where a plan's memory is kept for so many rows.
+        """
+        self.pipe, self.family, self.make_plan, self.guidance = pipe, family, make_plan, guidance
+        self.seeds, self.named, self.text_level, self.context_noise = seeds, named, text_level, context_noise
+        self.cap, self.place_memory, self.on_frame = cap, place_memory, on_frame
+        self.transformer = pipe.transformer
+        self.generated = seeds is not None
+        self.seeds = list(seeds) if seeds is not None else [torch.initial_seed()]
+        self.scheduler: Any = None  # the stand-in
+        self.height = self.width = 0
+        self.steps: Any = None  # timesteps of the plan's steps
+        self.tick = self.branch = 0  # the tick that runs, and how often the transformer has been asked in it
+        self.memories: list[Memory] = []  # one for each time that the transformer is asked in a tick
+        self.steppers: dict[int, Any] = {}  # the schedulers of the blocks in motion
+        self.finished: list[int] = []  # blocks to be committed
+        self.starting: tuple[int, Sequence[int]] | None = None  # a block, and those to be stored as it starts
+        self.positive: Any = None  # the answer to the first branch
+        self.guess: Tensor | None = None
+        self.bar: Any = None
+        self.like: Any = None  # a picture's latents
+        self._plan: Plan | None = None
+        self._layout: Any = None
+        self._places: dict[int, Place] = {}
+        self._draws: dict[int | None, list[torch.Generator]] = {}
 
-    def latents(self, on_frame: Callable[[Frame], object] | None) -> Tensor:
-        """Rolls, and returns the canvas: finished, or as it stands when interrupted."""
-        callback = None if on_frame is None else lambda frame: on_frame(self.clean(frame))
-        blocks = rollout(
-            self.plan,
-            self,
-            sample_with_scheduler,
-            self.scheduler.sigmas.float().cpu(),
-            lambda block: self.canvas[..., block.rows, block.columns],
-            seed=None,
-            options=self.options,
-            callback=callback,
-            calls=range(self.plan.steps + 1),  # one a step; no rehearsal, which would fire `stepped`
+    # What is known before the first tick.
+
+    @property
+    def plan(self) -> Plan:
+        if self._plan is None:
+            if not self.height or self.steps is None:
+                raise RuntimeError("the pipeline asked how long it takes before it said how large the canvas is")
+            plan = self._plan = self.make_plan(self.height, self.width, len(self.steps), self.scheduler.stepper.order)
+            self.times = [float(t) for t in self.steps]
+            self.tokens = [self.family.tokens(block, self.width) for block in plan.blocks]
+            self.arrivals = plan.arrivals()
+            self.draft = plan.steps if plan.alone else plan.draft
+            if not self.draft:
+                self.starting = 0, next(self.arrivals)
+        return self._plan
+
+    def prepared(self, latents: Any) -> None:
+        """The pipeline has made its first latents: how large is the canvas?"""
+        self.height, self.width = self.family.canvas(latents)
+
+    def ticks(self, steps: Tensor) -> Ticks:
+        """The timesteps that the pipeline is going to take, as ticks."""
+        self.steps = steps
+        return Ticks(self, steps)
+
+    # What the transformer is asked.
+
+    def answer(self, request: dict[str, Any]) -> Any:
+        branch, self.branch = self.branch, self.branch + 1
+        plan = self.plan
+        if self.tick < self.draft:  # all blocks at one level: exactly what was asked
+            answer = self.transformer(**request)
+            if not self.guidance.projected:
+                return answer
+            return (self.guided(branch, request, answer[0], None),)
+        if branch == len(self.memories):
+            where = self.place_memory(plan, len(request["hidden_states"]))
+            rule = plan.persistence, plan.lookahead, self.cap
+            self.memories.append(Memory(*rule, size=plan.size, device=where))
+        memory = self.memories[branch]
+        for g in self.finished:
+            self.ask(self.blended(request, g), memory, [g], [1000 * self.context_noise], "finished")
+        if self.starting is not None:
+            g, new = self.starting
+            if new:
+                self.ask(request, memory, new, [self.times[plan.draft]] * len(new), "waiting")
+            memory.start(plan.blocks[g])
+        moving = plan.moving(self.tick)
+        parts = self.ask(request, memory, moving, [self.times[plan.index(self.tick, g)] for g in moving])
+        canvas = self.family.blank(parts[0], self.height, self.width)
+        for g, part in zip(moving, parts):
+            self.family.paste(canvas, plan.blocks[g], self.place(g, canvas), part)
+        return (self.guided(branch, request, canvas, moving),)
+
+    def ask(
+        self, request: dict[str, Any], memory: Memory, indices: Sequence[int], times: list[float], kind: str | None = None
+    ) -> list[Tensor]:
+        """One call of the transformer on these blocks at these timesteps; kind: the memory that is to keep them."""
+        blocks = [self.plan.blocks[g] for g in indices]
+        device = request["hidden_states"].device
+        tokens, index, levels, places = self.layout(tuple(indices), tuple(times), device)
+        told = self.family.level(torch.tensor(levels, dtype=torch.float32, device=device), request)
+        view = memory.view(blocks, free=kind != "waiting")
+
+        def keep(layer: int, key: Tensor, value: Tensor) -> None:
+            assert kind is not None
+            for block, place in zip(blocks, places):
+                memory.put(kind, block, layer, key[:, place], value[:, place])
+
+        sink = keep if kind is not None and memory.stores(kind) else None
+        answer = call(
+            self.family,
+            self.transformer,
+            request,
+            tokens,
+            (self.height, self.width),
+            Levels.of(told, index, self.text_level),
+            view,
+            sink,
         )
-        try:
-            for _ in blocks:
-                self.settle()
-        except Interrupted:
-            pass
-        return self.gather()
+        return self.family.parts(answer, blocks, places)
 
-    def options(self, block: Block) -> dict[str, Any]:
-        return {
-            "scheduler": self.scheduler,
-            "levels": self.levels,
-            "stepped": lambda x: self.step(block, x),
-        }
+    def layout(
+        self, indices: tuple[int, ...], times: tuple[float, ...], device: torch.device
+    ) -> tuple[Tensor, Tensor | None, list[float], list[Place]]:
+        """Tokens of a call and the level of each, the levels, and where each block's tokens are among them.
 
-    def denoise(self, moving: Sequence[Moving], keep: bool = False) -> Sequence[Tensor]:
-        """Velocities of the blocks in motion."""
-        self.settle()
-        if not keep:
-            highest = max(float(m.sigma) for m in moving)
-            self.tick += 1
-            self.pipe._current_timestep = next(t for t, s in zip(self.scheduler.timesteps, self.levels) if s == highest)
-        answers = [branch.velocity(moving, keep) for branch in self.branches]
-        return answers[0] if len(answers) == 1 else self.guidance.join(moving, *answers)
+        They are grouped by level, in raster order within one: so blocks at one level are, token by token, the
+        pipeline's own call on their union.
+        """
+        question = indices, times, device
+        if self._layout is None or self._layout[0] != question:
+            levels = list(dict.fromkeys(times))
+            own = [self.tokens[g] for g in indices]
+            counts = [len(t) for t in own]
+            level = torch.tensor([levels.index(t) for t in times]).repeat_interleave(torch.tensor(counts))
+            tokens = torch.cat(own)
+            order = (level * (self.height * self.width) + tokens).argsort()
+            places = [as_slice(place, device) for place in order.argsort().split(counts)]
+            index = level[order].to(device) if len(levels) > 1 else None
+            self._layout = question, (tokens[order].to(device), index, levels, places)
+        return self._layout[1]
 
-    def commit(self, block: Block, x0: Tensor) -> None:
-        self.settle()
-        for branch in self.branches:
-            branch.commit(block, x0)
+    def place(self, g: int, latents: Tensor) -> Place:
+        """Where block g is among the tokens of the canvas."""
+        if g not in self._places:
+            self._places[g] = as_slice(self.tokens[g], latents.device)
+        return self._places[g]
 
-    def start(self, block: Block) -> None:
-        self.settle()
-        for branch in self.branches:
-            branch.start(block)
+    def blended(self, request: dict[str, Any], g: int) -> dict[str, Any]:
+        """The request with a finished block g at the level of noise that memory is given."""
+        if not self.context_noise:
+            return request
+        block = self.plan.blocks[g]
+        blank = self.family.blank(self.like, self.height, self.width)
+        part = self.family.cut(blank, block, self.place(g, blank))
+        draws = [torch.Generator().manual_seed(block_seed(seed, block)) for seed in self.seeds]
+        shape = (len(part) // len(draws), *part.shape[1:])
+        noise = torch.cat([torch.randn(shape, generator=draw) for draw in draws])
+        self.family.paste(blank, block, self.place(g, blank), noise.to(blank))
+        return self.family.blend(request, blank, self.context_noise)
 
-    def step(self, block: Block, x: Tensor) -> None:
-        """A sampler has stepped its block."""
-        self.live[block], self.stepped = x, True
+    def guided(self, branch: int, request: dict[str, Any], answer: Tensor, moving: Sequence[int] | None) -> Tensor:
+        """Where the two branches are to be joined in another way than the pipeline's, the second one's answer is such
+        that the pipeline's formula gives what is wanted: n + s (p - n) = p + (s - 1) d for n = p - d."""
+        if not self.guidance.projected:
+            return answer
+        if branch == 0:
+            self.positive = answer
+            return answer
+        blocks: dict[float, list[int] | None] = {}
+        if moving is None:
+            blocks[self.times[self.plan.index(self.tick, 0)]] = None
+        for g in moving or ():  # blocks at one level are projected as one
+            blocks.setdefault(self.times[self.plan.index(self.tick, g)], []).append(g)  # type: ignore[union-attr]
+        x = request["hidden_states"][:, : answer.shape[1], : answer.shape[2]]
+        joined = answer.clone()
+        for time, some in blocks.items():
+            places = [slice(None)] if some is None else [self.place(g, answer) for g in some]
+            px, pp, pn = (torch.cat([v[:, place].flatten(1) for place in places], 1) for v in (x, self.positive, answer))
+            turned = pp - project(px, time / 1000, pp, pn)
+            for place, part in zip(places, turned.split([answer[0, place].numel() for place in places], 1)):
+                joined[:, place] = part.unflatten(1, answer[0, place].shape)
+        return joined
 
-    def settle(self) -> None:
-        """Once between two ticks, outside of the samplers: every block in motion has been stepped."""
-        if not self.stepped:
+    # What the scheduler is asked.
+
+    def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
+        """A tick's end: every block in motion is stepped, by a copy of the scheduler."""
+        plan, family, k = self.plan, self.family, self.tick
+        self.like = sample[:1]
+        if k < self.draft:
+            moving: Sequence[int] = plan.moving(k)
+            drawn = not plan.alone or self.named  # else as the pipeline draws by itself
+            with self.draws(None, sample, options) if drawn else nullcontext():
+                result = self.scheduler.stepper.step(output, timestep, sample, *args, **options)
+            new = result[0]
+        else:
+            moving = plan.moving(k)
+            new, options = sample.clone(), options | {"return_dict": False}
+            for g in moving:
+                block, place = plan.blocks[g], self.place(g, sample)
+                stepper = self.stepper(g, sample)
+                part, guess = family.cut(sample, block, place), family.cut(output, block, place)
+                with self.draws(g, part, options):
+                    (part,) = stepper.step(guess, self.steps[plan.index(k, g)], part, *args, **options)[:1]
+                family.paste(new, block, place, part)
+            result = (new,)
+        if self.on_frame is not None:
+            self.show(moving, output, sample)
+        self.turn(moving)
+        if self.bar is not None:
+            type(self.bar).update(self.bar)
+        return result if k < self.draft or options.get("return_dict") is False else SchedulerOutput(prev_sample=new)
+
+    def turn(self, moving: Sequence[int]) -> None:
+        """On to the next tick: who is finished, and who starts?"""
+        plan = self.plan
+        self.tick += 1
+        self.branch, self.starting, self.finished = 0, None, []
+        if plan.alone or self.tick < self.draft:
             return
-        self.stepped = False
-        if self.callback is not None:
-            self.call_back(self.callback)
-        warmup = max(0, len(self.levels) - self.bar.total * self.scheduler.order)
-        last = self.tick == self.plan.ticks - 1
-        if not self.plan.alone or last or (self.tick >= warmup and (self.tick + 1) % self.scheduler.order == 0):
-            self.bar.update()
-        if self.pipe.interrupt:
-            raise Interrupted
+        done = [g for g in moving if plan.index(self.tick, g) == plan.steps]
+        for g in done:
+            self.steppers.pop(g, None)
+        if plan.commits:
+            self.finished = [g for g in done if g < len(plan.blocks) - 1]  # nobody comes after the last
+        following = plan.moving(self.tick)
+        if following and (self.tick == self.draft or following[-1] not in moving):
+            self.starting = following[-1], next(self.arrivals)
 
-    def call_back(self, callback: Callable[..., Any]) -> None:
-        """FluxPipeline's callback, told the whole canvas; what it changes acts from the next call on."""
-        latents = pack(self.gather())
-        known = {"latents": latents, "prompt_embeds": self.embeds}
-        told = {name: known[name] for name in self.inputs}
-        answer = callback(self.pipe, self.tick, self.pipe._current_timestep, told)
-        changed = answer.pop("latents", latents)
-        if changed is not latents or "latents" in self.inputs:  # it may have been changed in place
-            self.canvas = unpack(changed.to(self.canvas), *self.canvas.shape[-2:])
-            for block, x in self.live.items():
-                x.copy_(self.canvas[..., block.rows, block.columns])
-        embeds = answer.pop("prompt_embeds", self.embeds)
-        if embeds is not self.embeds:
-            self.embeds = self.branches[0].transformer.embeds = embeds
+    def stepper(self, g: int, sample: Tensor) -> Any:
+        """Block g's own scheduler: the draft's, with what it remembers of the canvas cut to the block."""
+        if g not in self.steppers:
+            block, place = self.plan.blocks[g], self.place(g, sample)
 
-    def gather(self) -> Tensor:
-        """The canvas as it stands, (B, C, height, width)."""
-        canvas = self.canvas.clone()
-        for block, x in self.live.items():
-            canvas[..., block.rows, block.columns] = x
-        return canvas
+            def part(value: Any) -> Any:
+                if isinstance(value, Tensor) and value.shape == sample.shape:
+                    return self.family.cut(value, block, place)
+                return [part(v) for v in value] if isinstance(value, list) else value
 
-    def clean(self, frame: Frame) -> Frame:
-        """The frame with x0 in place of velocities."""
-        pairs = zip(frame.moving, frame.estimates)
-        return replace(frame, estimates=tuple(m.x - m.sigma.to(m.x) * v for m, v in pairs))
+            twin = self.steppers[g] = copy.copy(self.scheduler.stepper)
+            vars(twin).update({name: part(value) for name, value in vars(twin).items()})
+        return self.steppers[g]
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+        """What is known of a picture, noised to the level at which each block stands."""
+        if not self.tick or self.tick <= self.draft:
+            return self.scheduler.stepper.scale_noise(sample, timestep, noise)
+        plan, family, noised = self.plan, self.family, sample.clone()
+        for g, block in enumerate(plan.blocks):
+            i, place = plan.index(self.tick, g), self.place(g, sample)
+            if i < plan.steps:
+                stepper = self.steppers.get(g, self.scheduler.stepper)
+                parts = family.cut(sample, block, place), self.steps[i : i + 1], family.cut(noise, block, place)
+                family.paste(noised, block, place, stepper.scale_noise(*parts))
+        return noised
+
+    @contextmanager
+    def draws(self, g: int | None, part: Tensor, options: dict[str, Any]) -> Iterator[None]:
+        """What a scheduler draws while it steps block g (None: the canvas) comes from the generators' seeds and the
+        block alone; with no generator, from the default random state, as the pipeline's own steps do."""
+        if not self.generated:
+            yield
+            return
+        block = None if g is None else self.plan.blocks[g]
+        if g not in self._draws:
+            seeds = [seed if block is None else block_seed(seed, block) for seed in self.seeds]
+            self._draws[g] = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
+        draws = self._draws[g]
+        if self.scheduler.takes_generator:
+            options["generator"] = draws[0] if len(draws) == 1 else draws
+            yield
+            return
+        with torch.random.fork_rng(devices=[part.device] if part.device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=draws[0])))
+            yield
+
+    # What is shown.
+
+    def show(self, moving: Sequence[int], output: Tensor, sample: Tensor) -> None:
+        plan, family = self.plan, self.family
+        assert self.on_frame is not None
+        if self.guess is None:
+            self.guess = sample.clone()
+        sigmas = [self.times[plan.index(self.tick, g)] / 1000 for g in moving]
+        if self.tick < self.draft:
+            self.guess = sample - sigmas[0] * output.to(sample)
+        else:
+            for g, sigma in zip(moving, sigmas):
+                block, place = plan.blocks[g], self.place(g, sample)
+                x, v = family.cut(sample, block, place), family.cut(output, block, place)
+                family.paste(self.guess, block, place, x - sigma * v.to(x))
+        cells = functools.partial(family.cells, height=self.height, width=self.width)
+        blocks = tuple(plan.blocks[g] for g in moving)
+        self.on_frame(Frame(self.tick, plan.ticks, blocks, tuple(sigmas), self.guess.clone(), cells))
 
     def clear(self) -> None:
         """Free the memory."""
-        for branch in self.branches:
-            branch.clear()
+        for memory in self.memories:
+            memory.clear()
+
+
+def as_slice(tokens: Tensor, device: torch.device) -> Place:
+    """Token numbers as a slice where they follow one another, else on the device."""
+    first, last = int(tokens[0]), int(tokens[-1])
+    if last - first + 1 == len(tokens) and bool((tokens[1:] > tokens[:-1]).all()):
+        return slice(first, last + 1)
+    return tokens.to(device)

@@ -1,0 +1,142 @@
+"""Families: all that differs between transformers, a file for each kind.
+
+To add one: a subclass of `Family` in a file of its own, its line in `FAMILIES`, and its model in the tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.order import Block
+from .call import Call, Slot, unwrapped
+
+# diffusers' class of the transformer: the module of this room that knows it.
+FAMILIES = {
+    "FluxTransformer2DModel": "flux",
+    "Flux2Transformer2DModel": "flux2",
+    "SD3Transformer2DModel": "sd3",
+}
+Place = Tensor | slice  # tokens among others
+
+
+class Family(ABC):
+    """How one kind of transformer is asked for chosen tokens of a canvas.
+
+    Sizes are in cells, pixels of the latent; a token is `patch` × `patch` cells. "Latents" have the form in which the
+    family's pipelines hold them: here (B, tokens, channels), in raster order.
+    """
+
+    text_first: ClassVar[bool] = True  # in the sequence that attention sees
+
+    def __init__(self, model: Any):
+        self.patch = 2
+
+    # Latents.
+
+    def canvas(self, prepared: Any) -> tuple[int, int]:
+        """Height and width of the canvas, from what a pipeline's `prepare_latents` gave: latents and positions."""
+        ids = next(t for t in prepared[1:] if isinstance(t, Tensor) and t.shape[-1] in (3, 4))
+        last = ids.flatten(0, -2).amax(0).tolist()
+        return self.patch * (int(last[1]) + 1), self.patch * (int(last[2]) + 1)
+
+    def tokens(self, block: Block, width: int) -> Tensor:
+        """(tokens,) raster positions, on the whole canvas `width` cells wide, of a block's tokens."""
+        if any(n % self.patch for n in (block.top, block.left, block.height, block.width)):
+            raise ValueError(f"{block} does not consist of whole tokens: its sizes must be multiples of {self.patch}")
+        rows = torch.arange(block.top // self.patch, (block.top + block.height) // self.patch)
+        columns = torch.arange(block.left // self.patch, (block.left + block.width) // self.patch)
+        return (rows[:, None] * (width // self.patch) + columns).flatten()
+
+    def cut(self, latents: Tensor, block: Block, place: Place) -> Tensor:
+        """A block's part of latents."""
+        return latents[:, place]
+
+    def paste(self, latents: Tensor, block: Block, place: Place, part: Tensor) -> None:
+        """Puts a block's part into latents, in place."""
+        latents[:, place] = part
+
+    def blank(self, part: Tensor, height: int, width: int) -> Tensor:
+        """Empty latents of a whole canvas, for parts like this one."""
+        return part.new_zeros(len(part), height * width // self.patch**2, part.shape[2])
+
+    @abstractmethod
+    def cells(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Latents as (B, channels, height, width) cells."""
+
+    @abstractmethod
+    def decode(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        """Latents as pixels (B, 3, 8 · height, 8 · width), from -1 to 1, as the family's pipelines decode them."""
+
+    def most_shift(self, config: Any) -> float | None:
+        """The largest shift of noise levels that the model was made for, as its scheduler says; None: any."""
+        return config.get("max_shift", 1.15) if config.get("use_dynamic_shifting") else None
+
+    # Requests, as pipelines make them.
+
+    def level(self, timesteps: Tensor, request: dict[str, Any]) -> Tensor:
+        """Timesteps of the scheduler as the pipeline tells them to its transformer: same numbers, same roundings."""
+        return timesteps.to(request["timestep"].dtype) / 1000
+
+    def text_tokens(self, request: dict[str, Any]) -> int:
+        return request["encoder_hidden_states"].shape[1]
+
+    def image_tokens(self, request: dict[str, Any]) -> int:
+        return request["hidden_states"].shape[1]
+
+    def with_references(self, tokens: Tensor, request: dict[str, Any], height: int, width: int) -> Tensor:
+        """Positions in the request of these tokens of the canvas, and of all references after them."""
+        total, references = self.image_tokens(request), self.references(request, height, width)
+        if references:
+            tokens = torch.cat([tokens, torch.arange(total - references, total)])
+        return tokens.to(request["hidden_states"].device)
+
+    def references(self, request: dict[str, Any], height: int, width: int) -> int:
+        """Image tokens of a request that stand beside the canvas, such as those of a picture to be edited."""
+        return request["hidden_states"].shape[1] - height * width // self.patch**2
+
+    def blend(self, request: dict[str, Any], noise: Tensor, sigma: float) -> dict[str, Any]:
+        """A request for clean latents, noised to sigma by noise (B, tokens, channels of the latents)."""
+        x = request["hidden_states"]
+        part = x[..., : noise.shape[1], : noise.shape[2]]
+        mixed = x.clone()
+        mixed[..., : noise.shape[1], : noise.shape[2]] = (1 - sigma) * part + sigma * noise.to(x)
+        return request | {"hidden_states": mixed}
+
+    @abstractmethod
+    def choose(self, request: dict[str, Any], tokens: Tensor, height: int, width: int) -> dict[str, Any]:
+        """The request for these tokens of the canvas (raster positions) and all references; without its timestep."""
+
+    def parts(self, answer: Tensor, blocks: Sequence[Block], places: Sequence[Tensor | slice]) -> list[Tensor]:
+        """A transformer's answer as parts of latents, one for each block; places: its tokens among those asked for."""
+        return [answer[:, place] for place in places]
+
+    # The model.
+
+    @abstractmethod
+    def blocks(self, model: Any) -> Iterable[Any]:
+        """The transformer's blocks, in order."""
+
+    @abstractmethod
+    def swaps(self, model: Any, call: Call) -> Iterator[Slot]:
+        """What stands where while a rolling call runs."""
+
+    def refusal(self, model: Any) -> str | None:
+        """Why this model cannot roll as it stands, in one sentence; None if it can."""
+        return None
+
+def family_of(transformer: Any) -> Family:
+    """The family of a transformer; ValueError, of one sentence, for one that none of them knows."""
+    model = unwrapped(transformer)
+    for kind in type(model).__mro__:
+        if kind.__name__ in FAMILIES and kind.__module__.startswith("diffusers."):
+            return importlib.import_module(f".{FAMILIES[kind.__name__]}", __package__).FAMILY(model)
+    raise ValueError(
+        f"{type(model).__name__} takes no noise level per token in a way that is known here: the pipeline's "
+        f"transformer must be one of {', '.join(FAMILIES)}"
+    )
