@@ -222,11 +222,13 @@ def run(
     levels: Levels,
     view: View | None = None,
     sink: Sink | None = None,
-) -> Tensor:
+    **more: Any,
+) -> tuple:
     """The transformer's answer to a request on chosen tokens, in the form that its forward gives.
 
-    request: arguments of the forward for the whole canvas, of `size` (height, width) cells. tokens: raster positions of
-    those to compute. view: memory to attend to. sink: takes keys and values of these tokens, layer by layer.
+    request: arguments of the forward for the whole canvas, of `size` (height, width) cells; more: those that are for
+    the chosen tokens already. tokens: raster positions of those to compute. view: memory to attend to. sink: takes keys
+    and values of these tokens, layer by layer.
     """
     model = unwrapped(transformer)
     refs = family.references(request, *size)
@@ -244,10 +246,10 @@ def run(
         getattr(module, "_compiled_call_impl", None) is not None for module in compiled
     )
     with swapped(family.swaps(model, call)):
-        answer = transformer(**chosen, timestep=levels.timesteps, return_dict=False)[0]
+        answer = transformer(**chosen, **more, timestep=levels.timesteps, return_dict=False)
     if sink is not None and call.compiled:
         for i, layer in enumerate(call.layers):
             if layer.kept is not None:
                 sink(i, *layer.kept)
                 layer.kept = None
-    return answer[:, : answer.shape[1] - refs] if refs else answer
+    return answer

@@ -113,7 +113,9 @@ class Family(ABC):
         """The request for these tokens of the canvas (raster positions) and all references; without its timestep."""
 
     def parts(self, answer: Tensor, blocks: Sequence[Block], places: Sequence[Tensor | slice]) -> list[Tensor]:
-        """A transformer's answer as parts of latents, one for each block; places: its tokens among those asked for."""
+        """A transformer's answer as parts of latents, one for each block; places: its tokens among those asked for.
+
+        Answers for references come last, and are left out."""
         return [answer[:, place] for place in places]
 
     # The model.
@@ -129,6 +131,16 @@ class Family(ABC):
     def refusal(self, model: Any) -> str | None:
         """Why this model cannot roll as it stands, in one sentence; None if it can."""
         return None
+
+def control_of(controlnet: Any) -> Family:
+    """The family of a ControlNet, asked for residuals at chosen tokens; ValueError, of one sentence, if none knows it."""
+    from .flux import Control
+
+    kind = type(unwrapped(controlnet)).__name__
+    if kind not in ("FluxControlNetModel", "FluxMultiControlNetModel"):
+        raise ValueError(f"{kind} takes one noise level for the whole canvas, so its pipeline cannot roll: leave it out")
+    return Control(controlnet)
+
 
 def family_of(transformer: Any) -> Family:
     """The family of a transformer; ValueError, of one sentence, for one that none of them knows."""

@@ -102,11 +102,29 @@ class Flux(Family):
                 yield vars(block), "rolling", call.attention()
                 yield forward(block, function)
                 yield processor(block.attn)
-        yield vars(model.norm_out), "rolling", call.plain
-        yield forward(model.norm_out, modulate_output)
+        if hasattr(model, "norm_out"):  # a ControlNet has none
+            yield vars(model.norm_out), "rolling", call.plain
+            yield forward(model.norm_out, modulate_output)
 
     def refusal(self, model: Any) -> str | None:
         return unknown_processor(self.blocks(model), self.PROCESSORS)
+
+
+def _chosen_condition(self: Any, condition: Tensor) -> Tensor:
+    """The forward of a ControlNet's embedder, for the chosen tokens of a condition that is given for all."""
+    return type(self).forward(self, condition)[:, self.rolling[0]]
+
+
+class Control(Flux):
+    """A ControlNet for FLUX.1: the same blocks, whose residuals are wanted."""
+
+    def text_tokens(self, request: dict[str, Any]) -> int:
+        return super().text_tokens(request) + (request.get("controlnet_mode") is not None)  # union: one more, in front
+
+    def swaps(self, model: Any, call: Call) -> Iterator[Slot]:
+        yield from super().swaps(model, call)
+        yield vars(model.controlnet_x_embedder), "rolling", call.places
+        yield forward(model.controlnet_x_embedder, _chosen_condition)
 
 
 def unknown_processor(blocks: Iterable[Any], known: tuple[type, ...]) -> str | None:

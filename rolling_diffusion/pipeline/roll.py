@@ -327,5 +327,7 @@ def _stand_in(pipe: Any, run: Run) -> Any:
     twin = copy.copy(pipe)
     twin.__class__ = type(kind.__name__, (kind,), {**frozen, **more, "__module__": kind.__module__})
     vars(twin)["scheduler"], vars(twin)["transformer"] = run.scheduler, Transformer(run, pipe.transformer)
+    if run.control is not None:
+        vars(twin)["controlnet"] = run.control
     vars(pipe)["_interrupt"] = False
     return twin

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from ..core.memory import Memory
 from ..core.order import Block
 from ..core.plan import Plan
 from ..models.call import Levels, unwrapped
-from ..models.call import run as call
-from ..models.family import Family, Place
+from ..models.call import run as rolling_call
+from ..models.family import Family, Place, control_of
 from .guidance import Guidance, project
 
 
@@ -131,6 +132,55 @@ class Transformer:
         return self.run.answer(options)
 
 
+class ControlNet:
+    """What a pipeline takes for its ControlNet. Residuals are computed when the tokens are known that they are for."""
+
+    def __init__(self, run: Run, real: Any):
+        self.run, self.real = run, real
+        self.family = control_of(real)
+        self.request: dict[str, Any] = {}
+        self.memories: list[Memory] = []
+        self.known: dict[tuple, tuple] = {}  # residuals of this tick
+
+    @property
+    def __class__(self) -> type:  # pipelines ask whether it is one, or several
+        return type(self.real)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def __call__(self, **request: Any) -> Any:
+        if self.run.tick < self.run.plan.draft or self.run.plan.alone:
+            return self.real(**request)
+        self.request, self.known = request, {}
+        return self, self
+
+    def nets(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Each net and its own request: several pictures may go through one net."""
+        if not hasattr(self.real, "nets"):
+            yield self.real, self.request
+            return
+        names = ("controlnet_cond", "controlnet_mode", "conditioning_scale")
+        nets = itertools.cycle(self.real.nets)
+        for net, condition, mode, scale in zip(nets, *(self.request[name] for name in names)):
+            mode = mode[:, None] if isinstance(mode, Tensor) and mode.ndim == 1 else mode
+            yield net, self.request | dict(zip(names, (condition, mode, scale)))
+
+    def residuals(self, indices: Sequence[int], times: list[float], kind: str | None) -> dict[str, Any]:
+        """The transformer's arguments for these blocks at these timesteps, summed over the nets."""
+        question = tuple(indices), tuple(times)
+        if question not in self.known:
+            sums: list[Any] = [None, None]
+            for i, (net, request) in enumerate(self.nets()):
+                if i == len(self.memories):
+                    self.memories.append(self.run.memory(len(request["hidden_states"])))
+                for j, found in enumerate(self.run.call(self.family, net, request, self.memories[i], indices, times, kind)):
+                    if found is not None:
+                        sums[j] = found if sums[j] is None else [a + b for a, b in zip(sums[j], found)]
+            self.known[question] = tuple(sums)
+        return dict(zip(("controlnet_block_samples", "controlnet_single_block_samples"), self.known[question]))
+
+
 class Run:
     """What happens in the ticks of one call."""
 
@@ -156,6 +206,8 @@ class Run:
         self.seeds, self.named, self.text_level, self.context_noise = seeds, named, text_level, context_noise
         self.cap, self.place_memory, self.on_frame = cap, place_memory, on_frame
         self.transformer = pipe.transformer
+        net = getattr(pipe, "controlnet", None)
+        self.control = None if net is None else ControlNet(self, net)
         self.generated = seeds is not None
         self.seeds = list(seeds) if seeds is not None else [torch.initial_seed()]
         self.scheduler: Any = None  # the stand-in
@@ -211,9 +263,7 @@ class Run:
                 return answer
             return (self.guided(branch, request, answer[0], None),)
         if branch == len(self.memories):
-            where = self.place_memory(plan, len(request["hidden_states"]))
-            rule = plan.persistence, plan.lookahead, self.cap
-            self.memories.append(Memory(*rule, size=plan.size, device=where))
+            self.memories.append(self.memory(len(request["hidden_states"])))
         memory = self.memories[branch]
         for g in self.finished:
             self.ask(self.blended(request, g), memory, [g], [1000 * self.context_noise], "finished")
@@ -221,7 +271,8 @@ class Run:
             g, new = self.starting
             if new:
                 self.ask(request, memory, new, [self.times[plan.draft]] * len(new), "waiting")
-            memory.start(plan.blocks[g])
+            for each in (memory, *(self.control.memories if self.control else ())):
+                each.start(plan.blocks[g])
         moving = plan.moving(self.tick)
         parts = self.ask(request, memory, moving, [self.times[plan.index(self.tick, g)] for g in moving])
         canvas = self.family.blank(parts[0], self.height, self.width)
@@ -232,11 +283,32 @@ class Run:
     def ask(
         self, request: dict[str, Any], memory: Memory, indices: Sequence[int], times: list[float], kind: str | None = None
     ) -> list[Tensor]:
-        """One call of the transformer on these blocks at these timesteps; kind: the memory that is to keep them."""
+        """The transformer's answer for these blocks at these timesteps; kind: the memory that is to keep them."""
+        more: dict[str, Any] = {}
+        if any(value is self.control for value in request.values() if value is not None):
+            request = {name: value for name, value in request.items() if value is not self.control}
+            assert self.control is not None
+            more = self.control.residuals(indices, times, kind)
+        answer = self.call(self.family, self.transformer, request, memory, indices, times, kind, **more)[0]
+        places = self.layout(tuple(indices), tuple(times), answer.device)[3]
+        return self.family.parts(answer, [self.plan.blocks[g] for g in indices], places)
+
+    def call(
+        self,
+        family: Family,
+        model: Any,
+        request: dict[str, Any],
+        memory: Memory,
+        indices: Sequence[int],
+        times: list[float],
+        kind: str | None,
+        **more: Any,
+    ) -> tuple:
+        """One rolling call of a model."""
         blocks = [self.plan.blocks[g] for g in indices]
         device = request["hidden_states"].device
         tokens, index, levels, places = self.layout(tuple(indices), tuple(times), device)
-        told = self.family.level(torch.tensor(levels, dtype=torch.float32, device=device), request)
+        told = family.level(torch.tensor(levels, dtype=torch.float32, device=device), request)
         view = memory.view(blocks, free=kind != "waiting")
 
         def keep(layer: int, key: Tensor, value: Tensor) -> None:
@@ -245,17 +317,14 @@ class Run:
                 memory.put(kind, block, layer, key[:, place], value[:, place])
 
         sink = keep if kind is not None and memory.stores(kind) else None
-        answer = call(
-            self.family,
-            self.transformer,
-            request,
-            tokens,
-            (self.height, self.width),
-            Levels.of(told, index, self.text_level),
-            view,
-            sink,
-        )
-        return self.family.parts(answer, blocks, places)
+        size, rows = (self.height, self.width), Levels.of(told, index, self.text_level)
+        return rolling_call(family, model, request, tokens, size, rows, view, sink, **more)
+
+    def memory(self, rows: int) -> Memory:
+        """An empty memory, for calls of so many rows."""
+        plan = self.plan
+        where = self.place_memory(plan, rows)
+        return Memory(plan.persistence, plan.lookahead, self.cap, size=plan.size, device=where)
 
     def layout(
         self, indices: tuple[int, ...], times: tuple[float, ...], device: torch.device
@@ -434,7 +503,7 @@ class Run:
 
     def clear(self) -> None:
         """Free the memory."""
-        for memory in self.memories:
+        for memory in [*self.memories, *(self.control.memories if self.control else ())]:
             memory.clear()
 
 
