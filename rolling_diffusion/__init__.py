@@ -12,10 +12,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ find
     from .core.rollout import Denoiser, Frame, Moving, rollout
     from .core.sigmas import sigmas
     from .defaults import Card, plan_for
-    from .models.denoiser import FluxDenoiser
-    from .models.flux import RollingFluxTransformer2DModel
     from .picture import plan_picture
-    from .pipeline import RollingFluxPipeline, load
+    from .pipeline import Rolling, Tick, load, roll
 
 __version__ = "0.1.0"
 
@@ -25,19 +23,19 @@ __all__ = [
     "Card",
     "Cost",
     "Denoiser",
-    "FluxDenoiser",
     "Frame",
     "Memory",
     "Moving",
     "Plan",
-    "RollingFluxPipeline",
-    "RollingFluxTransformer2DModel",
+    "Rolling",
+    "Tick",
     "__version__",
     "load",
     "make_order",
     "make_plan",
     "plan_for",
     "plan_picture",
+    "roll",
     "rollout",
     "sigmas",
 ]
@@ -60,13 +58,9 @@ def __getattr__(name: str) -> object:
         from .core import sigmas as room
     elif name in ("Card", "plan_for"):
         from . import defaults as room
-    elif name == "FluxDenoiser":
-        from .models import denoiser as room
-    elif name == "RollingFluxTransformer2DModel":
-        from .models import flux as room
     elif name == "plan_picture":
         from . import picture as room
-    elif name in ("RollingFluxPipeline", "load"):
+    elif name in ("Rolling", "Tick", "load", "roll"):
         from . import pipeline as room
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

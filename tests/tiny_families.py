@@ -199,9 +199,7 @@ MAKERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "Flux2KleinPipeline": lambda: _flux2("Flux2KleinPipeline"),
     "StableDiffusion3Pipeline": lambda: _sd3("StableDiffusion3Pipeline"),
     "StableDiffusion3Img2ImgPipeline": lambda: _sd3("StableDiffusion3Img2ImgPipeline"),
-    "StableDiffusion3InpaintPipeline": lambda: _sd3(
-        "StableDiffusion3InpaintPipeline", in_channels=16, out_channels=16
-    ),
+    "StableDiffusion3InpaintPipeline": lambda: _sd3("StableDiffusion3InpaintPipeline", in_channels=16, out_channels=16),
 }
 
 

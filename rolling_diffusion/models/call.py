@@ -1,9 +1,9 @@
 """A rolling call: chosen tokens of a canvas at a noise level each, with memory, through a transformer's own forward.
 
-For the length of one call, some methods of the model's own modules are swapped for ones that know of levels and memory:
-how a timestep becomes a modulation, and where attention finds its keys. Nothing else is touched; afterwards all is as it
-was. Swaps sit where the module's class put its forward, below every hook: offloading, casting, quantisation, LoRA and
-compilation go on working around them.
+For the length of one call, some methods of the model's own modules are swapped for ones that know of levels and
+memory: how a timestep becomes a modulation, and where attention finds its keys. Nothing else is touched; afterwards all
+is as it was. Swaps sit where the module's class put its forward, below every hook: offloading, casting, quantisation,
+LoRA and compilation go on working around them.
 """
 
 from __future__ import annotations
@@ -187,7 +187,9 @@ def unwrapped(transformer: Any) -> Any:
 class Call:
     """One rolling call in the making: what its parts must know of it."""
 
-    def __init__(self, text: int, image: int, refs: int, text_first: bool, levels: Levels, view: View | None, places: Any):
+    def __init__(
+        self, text: int, image: int, refs: int, text_first: bool, levels: Levels, view: View | None, places: Any
+    ):
         self.text, self.image, self.refs, self.text_first = text, image, refs, text_first
         self.levels, self.view, self.places = levels, view, places
         self.layers: list[Layer] = []
@@ -236,9 +238,7 @@ def run(
     places = tokens.to(chosen["hidden_states"].device), *size
     if refs and levels.index is not None:  # references take the text's level
         levels = Levels(levels.timesteps, F.pad(levels.index, (0, refs)))
-    call = Call(
-        family.text_tokens(chosen), family.image_tokens(chosen), refs, family.text_first, levels, view, places
-    )
+    call = Call(family.text_tokens(chosen), family.image_tokens(chosen), refs, family.text_first, levels, view, places)
     call.sink = sink
     # Compiled code is handed plain tensors, and gives plain tensors back.
     compiled = [transformer, *family.blocks(model)]

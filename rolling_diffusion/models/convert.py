@@ -8,7 +8,6 @@ state_dicts) and comfy/text_encoders/flux.py for the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,42 +183,3 @@ def t5_to_comfy(state: State) -> dict[str, Tensor]:
     if "shared.weight" not in out or "encoder.final_layer_norm.weight" not in out:
         raise ValueError("This is not the state dict of a T5 encoder: shared.weight or encoder.* is missing.")
     return out
-
-
-def convert_folder(folder: str | Path, target: str | Path) -> list[Path]:
-    """Write a Flux model folder in diffusers layout as ComfyUI's files into target; returns them.
-
-    diffusion_models/NAME.safetensors, text_encoders/NAME_clip_l.safetensors and NAME_t5.safetensors,
-    vae/NAME.safetensors, with NAME the folder's.
-    """
-    import json
-
-    from safetensors.torch import load_file, save_file
-
-    folder, target = Path(folder), Path(target)
-    name = folder.resolve().name
-
-    def read(part: str) -> dict[str, Tensor]:
-        files = sorted((folder / part).glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder} is not a whole model folder: {part} holds no .safetensors file.")
-        return {key: tensor for file in files for key, tensor in load_file(file).items()}
-
-    config = (
-        json.loads((folder / "vae" / "config.json").read_text()) if (folder / "vae" / "config.json").exists() else {}
-    )
-    if config.get("_class_name") != "AutoencoderTiny":
-        raise ValueError(f"{folder / 'vae'} is not an AutoencoderTiny, the only autoencoder that is converted.")
-    files = {
-        f"diffusion_models/{name}": flux_to_comfy(read("transformer")),
-        f"text_encoders/{name}_clip_l": clip_to_comfy(read("text_encoder")),
-        f"text_encoders/{name}_t5": t5_to_comfy(read("text_encoder_2")),
-        f"vae/{name}": tiny_vae_to_comfy(read("vae"), config),
-    }
-    written = []
-    for path, state in files.items():
-        file = target / f"{path}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: tensor.contiguous() for key, tensor in state.items()}, file, metadata={"format": "pt"})
-        written.append(file)
-    return written

@@ -1,11 +1,8 @@
-"""Families: all that differs between transformers, a file for each kind.
-
-To add one: a subclass of `Family` in a file of its own, its line in `FAMILIES`, and its model in the tests.
-"""
+"""The protocol of families: all that differs between transformers. Each has a file of its own, and a line in
+registry.py."""
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -14,14 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.order import Block
-from .call import Call, Slot, unwrapped
+from .call import Call, Slot
 
-# diffusers' class of the transformer: the module of this room that knows it.
-FAMILIES = {
-    "FluxTransformer2DModel": "flux",
-    "Flux2Transformer2DModel": "flux2",
-    "SD3Transformer2DModel": "sd3",
-}
 Place = Tensor | slice  # tokens among others
 
 
@@ -131,24 +122,3 @@ class Family(ABC):
     def refusal(self, model: Any) -> str | None:
         """Why this model cannot roll as it stands, in one sentence; None if it can."""
         return None
-
-def control_of(controlnet: Any) -> Family:
-    """The family of a ControlNet, asked for residuals at chosen tokens; ValueError, of one sentence, if none knows it."""
-    from .flux import Control
-
-    kind = type(unwrapped(controlnet)).__name__
-    if kind not in ("FluxControlNetModel", "FluxMultiControlNetModel"):
-        raise ValueError(f"{kind} takes one noise level for the whole canvas, so its pipeline cannot roll: leave it out")
-    return Control(controlnet)
-
-
-def family_of(transformer: Any) -> Family:
-    """The family of a transformer; ValueError, of one sentence, for one that none of them knows."""
-    model = unwrapped(transformer)
-    for kind in type(model).__mro__:
-        if kind.__name__ in FAMILIES and kind.__module__.startswith("diffusers."):
-            return importlib.import_module(f".{FAMILIES[kind.__name__]}", __package__).FAMILY(model)
-    raise ValueError(
-        f"{type(model).__name__} takes no noise level per token in a way that is known here: the pipeline's "
-        f"transformer must be one of {', '.join(FAMILIES)}"
-    )

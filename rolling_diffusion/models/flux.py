@@ -135,6 +135,3 @@ def unknown_processor(blocks: Iterable[Any], known: tuple[type, ...]) -> str | N
             names = " or ".join(k.__name__ for k in known)
             return f"the attention processor {kind.__name__} knows no memory: set {names} instead"
     return None
-
-
-FAMILY = Flux

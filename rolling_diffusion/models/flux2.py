@@ -1,4 +1,4 @@
-"""FLUX.2: [dev], [klein]. One modulation a stream for all blocks, so the blocks' own forwards take levels as they are."""
+"""FLUX.2: [dev], [klein]. One modulation serves all blocks of a kind, so their own forwards take levels as they are."""
 
 from __future__ import annotations
 
@@ -81,6 +81,3 @@ class Flux2(Family):
 
     def refusal(self, model: Any) -> str | None:
         return unknown_processor(self.blocks(model), self.PROCESSORS)
-
-
-FAMILY = Flux2

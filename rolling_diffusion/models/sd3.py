@@ -156,6 +156,3 @@ class SD3(Family):
 
     def refusal(self, model: Any) -> str | None:
         return unknown_processor(self.blocks(model), self.PROCESSORS)
-
-
-FAMILY = SD3

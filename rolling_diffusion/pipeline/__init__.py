@@ -2,7 +2,7 @@
 
 from .loading import load
 from .roll import Rolling, roll
-from .run import Frame
+from .run import Tick
 from .schedulers import SAMPLERS, SPACINGS
 
-__all__ = ["SAMPLERS", "SPACINGS", "Frame", "Rolling", "load", "roll"]
+__all__ = ["SAMPLERS", "SPACINGS", "Rolling", "Tick", "load", "roll"]

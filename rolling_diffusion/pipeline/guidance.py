@@ -48,11 +48,14 @@ def decide(
     """What `cfg` comes to, as arguments of a pipeline's call.
 
     parameters: names that the call takes. said: those that were given. distilled: whether guidance is an input of the
-    model. guidance_scale and true_cfg_scale, when given, act as the pipeline has them; cfg is one number in their place.
+    model. guidance_scale and true_cfg_scale, when given, act as the pipeline has them; cfg is one number in their
+    place.
     """
     scales = [name for name in ("guidance_scale", "true_cfg_scale") if said.get(name) is not None]
     if cfg is not None and scales:
-        raise ValueError(f"cfg and {scales[0]} are given, and must not be both: cfg is one number in place of the other")
+        raise ValueError(
+            f"cfg and {scales[0]} are given, and must not be both: cfg is one number in place of the other"
+        )
     for name, value in [("cfg", cfg), *((name, said[name]) for name in scales)]:
         if value is not None and not 0 <= value < float("inf"):
             raise ValueError(f"{name} is {value}, and must be a number of at least 0")

@@ -17,9 +17,9 @@ from huggingface_hub import try_to_load_from_cache
 from ..core.plan import Plan
 from ..defaults import Card, check_text_level, plan_for
 from ..models.call import unwrapped
-from ..models.family import family_of
+from ..models.registry import family_of
 from .guidance import decide
-from .run import Frame, Run, Scheduler, Transformer
+from .run import Run, Scheduler, Tick, Transformer
 from .schedulers import choose, take_levels
 from .space import OutOfMemory, out_of_memory, place_memory
 
@@ -67,7 +67,7 @@ class Rolling:
         context_noise: float | None = None,
         memory_tokens: int | None = None,
         memory_device: torch.device | str | None = None,
-        on_frame: Callable[[Frame], object] | None = None,
+        on_tick: Callable[[Tick], object] | None = None,
         **options: Any,
     ) -> Any:
         """The pipeline's own arguments, with its meanings; what it returns is returned. Beyond them:
@@ -85,7 +85,7 @@ class Rolling:
         text_level, context_noise: see Card.
         memory_tokens: most tokens attended to in memory. memory_device: where they are kept; None for the GPU if they
             fit and nothing is offloaded, else the CPU.
-        on_frame: called in each tick with a rolling_diffusion.Frame.
+        on_tick: called in each tick with a rolling_diffusion.Tick.
 
         What is None comes from the model's card. callback_on_step_end is called once a tick, with the whole canvas;
         what it changes acts. The pipeline itself, its scheduler, hooks and, with a generator, the default random state
@@ -149,7 +149,7 @@ class Rolling:
             context_noise=noise,
             cap=cap,
             place_memory=place,
-            on_frame=on_frame,
+            on_tick=on_tick,
         )
         stepper, levels = choose(copy.deepcopy(pipe.scheduler), sampler, scheduler_sigmas)
         adopt = None if stepper is levels else lambda source: take_levels(stepper, source, pipe._execution_device)
@@ -167,11 +167,11 @@ class Rolling:
         del run, stand_in  # no frame of the run is alive and holds what it held
         raise out_of_memory(plan, kept[0])
 
-    def preview(self, frame: Frame) -> Any:
-        """A PIL picture of the first image of a frame, as the VAE decodes it."""
-        cells = frame.canvas
+    def preview(self, tick: Tick) -> Any:
+        """A PIL picture of the first image, as guessed in a tick, as the VAE decodes it."""
+        cells = tick.canvas
         with torch.no_grad():
-            pixels = self.family.decode(self.pipe, frame.latents[:1], *cells.shape[-2:])
+            pixels = self.family.decode(self.pipe, tick.latents[:1], *cells.shape[-2:])
         return self.pipe.image_processor.postprocess(pixels, output_type="pil")[0]
 
     def _bound(self, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
@@ -275,7 +275,9 @@ def _share_of_steps(said: Mapping[str, Any]) -> str | None:
     for name, whole in starts.items():
         value = said.get(name, whole)
         if any(v != whole for v in (value if isinstance(value, (list, tuple)) else [value])):
-            return f"{name} is {value}, and must be {whole}: blocks take their steps at different times (lag=0 does not)"
+            return (
+                f"{name} is {value}, and must be {whole}: blocks take their steps at different times (lag=0 does not)"
+            )
     if said.get("skip_guidance_layers") is not None:
         return "skip_guidance_layers acts on some steps only, and blocks take theirs at different times: leave it out"
     return None
@@ -311,7 +313,7 @@ def _stand_in(pipe: Any, run: Run) -> Any:
 
     def get_timesteps(self: Any, *args: Any, **options: Any) -> Any:
         timesteps, *rest = kind.get_timesteps(self, *args, **options)
-        return (run.ticks(timesteps), *rest)
+        return (run.take(timesteps), *rest)
 
     def progress_bar(self: Any, iterable: Any = None, total: int | None = None) -> Any:
         if iterable is not None or run.plan.alone:

@@ -1,8 +1,8 @@
 """One run: a pipeline's own call, whose scheduler and transformer are stood in for.
 
-The pipeline's loop goes over ticks instead of steps. What it asks of the transformer is answered for the blocks in motion
-alone, each at its noise level; what it asks of the scheduler is done to each block by a copy of that scheduler. All else,
-from the prompt to the picture, is the pipeline's own code.
+The pipeline's loop goes over ticks instead of steps. What it asks of the transformer is answered for the blocks in
+motion alone, each at its noise level; what it asks of the scheduler is done to each block by a copy of that scheduler.
+All else, from the prompt to the picture, is the pipeline's own code.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from ..core.order import Block
 from ..core.plan import Plan
 from ..models.call import Levels, unwrapped
 from ..models.call import run as rolling_call
-from ..models.family import Family, Place, control_of
+from ..models.family import Family, Place
+from ..models.registry import control_of
 from .guidance import Guidance, project
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What `on_frame` is told: tick `tick` (from 0) of `total`, the blocks in motion, and the canvas as guessed."""
+class Tick:
+    """What `on_tick` is told: tick `number` (from 0) of `total`, the blocks in motion, and the canvas as guessed."""
 
-    tick: int
+    number: int
     total: int
     blocks: tuple[Block, ...]
     sigmas: tuple[float, ...]  # the noise level of each block in motion
@@ -47,7 +48,7 @@ class Frame:
         return self._cells(self.latents)
 
 
-class Ticks:
+class Timesteps:
     """What a pipeline takes for its scheduler's timesteps: a timestep for each tick, the highest of those in motion.
 
     Its length is asked for when the size of the canvas is known.
@@ -94,7 +95,7 @@ class Scheduler:
                 adopt(levels)
             self.timesteps = stepper.timesteps
             if not hasattr(run.pipe, "get_timesteps"):  # else that one leaves out what a picture to start from skips
-                self.timesteps = run.ticks(self.timesteps)
+                self.timesteps = run.take(self.timesteps)
 
         self.set_timesteps = set_timesteps
 
@@ -174,7 +175,9 @@ class ControlNet:
             for i, (net, request) in enumerate(self.nets()):
                 if i == len(self.memories):
                     self.memories.append(self.run.memory(len(request["hidden_states"])))
-                for j, found in enumerate(self.run.call(self.family, net, request, self.memories[i], indices, times, kind)):
+                for j, found in enumerate(
+                    self.run.call(self.family, net, request, self.memories[i], indices, times, kind)
+                ):
                     if found is not None:
                         sums[j] = found if sums[j] is None else [a + b for a, b in zip(sums[j], found)]
             self.known[question] = tuple(sums)
@@ -197,14 +200,14 @@ class Run:
         context_noise: float,
         cap: int | None,
         place_memory: Callable[[Plan, int], torch.device | None],
-        on_frame: Callable[[Frame], object] | None,
+        on_tick: Callable[[Tick], object] | None,
     ):
-        """make_plan: of height, width, calls and calls a step. seeds: of the pictures, if generators were given.
-        named: whether the scheduler was asked for by name. place_memory: where a plan's memory is kept for so many rows.
+        """make_plan: of height, width, calls and calls a step. seeds: of the pictures, if generators were given. named:
+        whether the scheduler was asked for by name. place_memory: where a plan's memory is kept for so many rows.
         """
         self.pipe, self.family, self.make_plan, self.guidance = pipe, family, make_plan, guidance
         self.seeds, self.named, self.text_level, self.context_noise = seeds, named, text_level, context_noise
-        self.cap, self.place_memory, self.on_frame = cap, place_memory, on_frame
+        self.cap, self.place_memory, self.on_tick = cap, place_memory, on_tick
         self.transformer = pipe.transformer
         net = getattr(pipe, "controlnet", None)
         self.control = None if net is None else ControlNet(self, net)
@@ -213,6 +216,9 @@ class Run:
         self.scheduler: Any = None  # the stand-in
         self.height = self.width = 0
         self.steps: Any = None  # timesteps of the plan's steps
+        self.times: list[float] = []  # the same, as numbers
+        self.tokens: list[Tensor] = []  # of each block
+        self.draft = 0  # steps in which all blocks are at one level
         self.tick = self.branch = 0  # the tick that runs, and how often the transformer has been asked in it
         self.memories: list[Memory] = []  # one for each time that the transformer is asked in a tick
         self.steppers: dict[int, Any] = {}  # the schedulers of the blocks in motion
@@ -247,10 +253,10 @@ class Run:
         """The pipeline has made its first latents: how large is the canvas?"""
         self.height, self.width = self.family.canvas(latents)
 
-    def ticks(self, steps: Tensor) -> Ticks:
+    def take(self, steps: Tensor) -> Timesteps:
         """The timesteps that the pipeline is going to take, as ticks."""
         self.steps = steps
-        return Ticks(self, steps)
+        return Timesteps(self, steps)
 
     # What the transformer is asked.
 
@@ -281,7 +287,12 @@ class Run:
         return (self.guided(branch, request, canvas, moving),)
 
     def ask(
-        self, request: dict[str, Any], memory: Memory, indices: Sequence[int], times: list[float], kind: str | None = None
+        self,
+        request: dict[str, Any],
+        memory: Memory,
+        indices: Sequence[int],
+        times: list[float],
+        kind: str | None = None,
     ) -> list[Tensor]:
         """The transformer's answer for these blocks at these timesteps; kind: the memory that is to keep them."""
         more: dict[str, Any] = {}
@@ -374,16 +385,15 @@ class Run:
         if branch == 0:
             self.positive = answer
             return answer
-        blocks: dict[float, list[int] | None] = {}
-        if moving is None:
-            blocks[self.times[self.plan.index(self.tick, 0)]] = None
-        for g in moving or ():  # blocks at one level are projected as one
-            blocks.setdefault(self.times[self.plan.index(self.tick, g)], []).append(g)  # type: ignore[union-attr]
+        groups: dict[float, list[Place]] = {}  # blocks at one level are projected as one
+        for g in moving or (0,):
+            place = slice(None) if moving is None else self.place(g, answer)
+            groups.setdefault(self.times[self.plan.index(self.tick, g)], []).append(place)
         x = request["hidden_states"][:, : answer.shape[1], : answer.shape[2]]
         joined = answer.clone()
-        for time, some in blocks.items():
-            places = [slice(None)] if some is None else [self.place(g, answer) for g in some]
-            px, pp, pn = (torch.cat([v[:, place].flatten(1) for place in places], 1) for v in (x, self.positive, answer))
+        for time, places in groups.items():
+            three = x, self.positive, answer
+            px, pp, pn = (torch.cat([v[:, place].flatten(1) for place in places], 1) for v in three)
             turned = pp - project(px, time / 1000, pp, pn)
             for place, part in zip(places, turned.split([answer[0, place].numel() for place in places], 1)):
                 joined[:, place] = part.unflatten(1, answer[0, place].shape)
@@ -412,7 +422,7 @@ class Run:
                     (part,) = stepper.step(guess, self.steps[plan.index(k, g)], part, *args, **options)[:1]
                 family.paste(new, block, place, part)
             result = (new,)
-        if self.on_frame is not None:
+        if self.on_tick is not None:
             self.show(moving, output, sample)
         self.turn(moving)
         if self.bar is not None:
@@ -486,7 +496,7 @@ class Run:
 
     def show(self, moving: Sequence[int], output: Tensor, sample: Tensor) -> None:
         plan, family = self.plan, self.family
-        assert self.on_frame is not None
+        assert self.on_tick is not None
         if self.guess is None:
             self.guess = sample.clone()
         sigmas = [self.times[plan.index(self.tick, g)] / 1000 for g in moving]
@@ -499,7 +509,7 @@ class Run:
                 family.paste(self.guess, block, place, x - sigma * v.to(x))
         cells = functools.partial(family.cells, height=self.height, width=self.width)
         blocks = tuple(plan.blocks[g] for g in moving)
-        self.on_frame(Frame(self.tick, plan.ticks, blocks, tuple(sigmas), self.guess.clone(), cells))
+        self.on_tick(Tick(self.tick, plan.ticks, blocks, tuple(sigmas), self.guess.clone(), cells))
 
     def clear(self) -> None:
         """Free the memory."""

@@ -16,14 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ..core.memory import View
-from ..core.order import ORDERS, Block
+from ..core.order import ORDERS
 from ..core.plan import make_plan
-from ..models.denoiser import pack as pack_cells
-from ..models.denoiser import token_ids
-from ..models.flux import RollingFluxTransformer2DModel
+from ..models.call import Levels, run
+from ..models.flux import Flux
+from ..models.flux import pack as pack_cells
 from ..world.caption import caption
 from ..world.render import render
 from ..world.scene import random_scene
@@ -45,10 +46,10 @@ SAMPLE_EVERY = 10  # minutes
 LABELS = 0.3  # weight of the error about labels beside that of the velocity
 
 
-def new_transformer(seed: int = 0) -> RollingFluxTransformer2DModel:
+def new_transformer(seed: int = 0) -> FluxTransformer2DModel:
     """A small Flux whose modulations and output start at zero (adaLN-Zero, 2212.09748)."""
     torch.manual_seed(seed)
-    model = RollingFluxTransformer2DModel(**CONFIG)
+    model = FluxTransformer2DModel(**CONFIG)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -99,7 +100,8 @@ class Source:
         tokens = pack_cells(encode(x, self.vae[0], self.vae[1]))
         text, pooled = embed(self.encoders[0], self.encoders[1], texts)
         noise = torch.randn(tokens.shape, generator=self.generator)
-        ids = token_ids(Block(0, 0, 0, height // 8, width // 8)).float()
+        y, x_ = torch.meshgrid(torch.arange(height // 16), torch.arange(width // 16), indexing="ij")
+        ids = torch.stack([torch.zeros_like(y), y, x_], -1).flatten(0, 1).float()
         on = (x.to(self.device) for x in (tokens, noise, labels(scenes), text, pooled, ids))
         return Batch(*on, rows=height // 16, columns=width // 16)
 
@@ -113,27 +115,37 @@ class Source:
 
 
 def call(
-    model: nn.Module, batch: Batch, x: Tensor, chosen: Tensor | None, levels: Tensor, index: Tensor | None, **more
-):
-    """One model call on x (B, n, 64), tokens `chosen` (None: all) of the canvas; levels (B, k), index (n,) into it."""
+    model: nn.Module,
+    batch: Batch,
+    x: Tensor,
+    levels: Tensor,
+    chosen: Tensor | None = None,
+    index: Tensor | None = None,
+    memory: View | None = None,
+    keep: dict[int, tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """One model call on x (B, all tokens, 64), for the tokens `chosen` (None: all): their velocity.
+
+    levels: (B, k); index: (chosen tokens,) which of them each has. keep: takes their keys and values, layer by layer.
+    """
+    request = {
+        "hidden_states": x,
+        "encoder_hidden_states": batch.text,
+        "pooled_projections": batch.pooled,
+        "img_ids": batch.ids,
+        "txt_ids": batch.text.new_zeros(batch.text.shape[1], 3),
+    }
+    sink = None if keep is None else lambda layer, *kv: keep.__setitem__(layer, kv)
+    tokens = torch.arange(x.shape[1], device=x.device) if chosen is None else chosen
+    size = 2 * batch.rows, 2 * batch.columns
     with torch.autocast(x.device.type, torch.bfloat16):
-        return model(
-            hidden_states=x,
-            encoder_hidden_states=batch.text,
-            pooled_projections=batch.pooled,
-            timestep=levels,
-            img_ids=batch.ids if chosen is None else batch.ids[chosen],
-            txt_ids=batch.text.new_zeros(batch.text.shape[1], 3),
-            return_dict=False,
-            ranges=index,
-            **more,
-        )[0].float()
+        return run(Flux(model), model, request, tokens, size, Levels.of(levels, index), memory, sink)[0].float()
 
 
 def uniform_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """(mean squared error of the velocity, None: all tokens were in the call), whole canvases, one level a sample."""
     t = source.levels(len(batch.tokens))[:, None, None]
-    v = call(model, batch, batch.tokens.lerp(batch.noise, t), None, t[:, 0, 0], None)
+    v = call(model, batch, batch.tokens.lerp(batch.noise, t), t[:, :, 0])
     return (v - (batch.noise - batch.tokens)).square().mean(), None
 
 
@@ -168,18 +180,16 @@ def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor
     levels = (shift * even / (1 + (shift - 1) * even)).clamp(min=0)
     seen = str(rng.choice(["call", "memory", "finished", "nothing"], p=[0.35, 0.45, 0.12, 0.08]))
     noisy = batch.tokens.lerp(batch.noise, levels[:, owner, None])
-    more = {}
+    memory = None
     if seen == "call":
         chosen = torch.arange(len(owner))
     else:
         chosen = moving[owner].nonzero()[:, 0]
         if seen != "nothing":
-            more["memory"] = remember(
-                model, batch, noisy, levels, owner, finished, waiting if seen == "memory" else None
-            )
+            memory = remember(model, batch, levels, owner, finished, waiting if seen == "memory" else None)
     # Only levels that tokens in the call have: the text takes the largest of them.
     present, index = owner[chosen].unique(return_inverse=True)
-    v = call(model, batch, noisy[:, chosen], chosen, levels[:, present], index, **more)
+    v = call(model, batch, noisy, levels[:, present], chosen, index, memory)
     error = (v - (batch.noise - batch.tokens)[:, chosen]).square().mean(-1)
     weight = moving[owner[chosen]].float()
     return (error * weight).sum() / (weight.sum() * len(error)), chosen
@@ -189,7 +199,6 @@ def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor
 def remember(
     model: nn.Module,
     batch: Batch,
-    noisy: Tensor,
     levels: Tensor,
     owner: Tensor,
     finished: Tensor,
@@ -202,14 +211,14 @@ def remember(
         store: dict[int, tuple[Tensor, Tensor]] = {}
         g = int(waiting.nonzero()[0])
         draft = levels[:, g : g + 1]
-        call(model, batch, batch.tokens.lerp(batch.noise, draft[..., None]), None, draft, None, keep=store)
+        call(model, batch, batch.tokens.lerp(batch.noise, draft[..., None]), draft, keep=store)
         some = waiting[owner].nonzero()[:, 0]
         parts.append({i: (k[:, some], v[:, some]) for i, (k, v) in store.items()})
         view = View([parts[0][i] for i in range(len(parts[0]))])
     if finished.any():
         some, store = finished[owner].nonzero()[:, 0], {}
         zero = levels.new_zeros(len(batch.tokens), 1)
-        call(model, batch, batch.tokens[:, some], some, zero, None, memory=view, keep=store)
+        call(model, batch, batch.tokens, zero, some, memory=view, keep=store)
         parts.append(store)
     if not parts:
         return None

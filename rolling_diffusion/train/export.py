@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
-from ..models.flux import RollingFluxTransformer2DModel
 from .text import CLIP_IDS, LENGTH, T5_IDS
 
 CARD = {
@@ -93,7 +92,7 @@ def _save_clip(clip: Any, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def parts(folder: Path) -> tuple[AutoencoderTiny, tuple[T5EncoderModel, CLIPTextModel], RollingFluxTransformer2DModel]:
+def parts(folder: Path) -> tuple[AutoencoderTiny, tuple[T5EncoderModel, CLIPTextModel], FluxTransformer2DModel]:
     """VAE, text encoders and transformer of a folder that `export` wrote, in float32, to be trained further."""
     for name in ("vae", "text_encoder", "text_encoder_2", "transformer"):
         if not (folder / name / "config.json").is_file():
@@ -101,7 +100,7 @@ def parts(folder: Path) -> tuple[AutoencoderTiny, tuple[T5EncoderModel, CLIPText
     vae = AutoencoderTiny.from_pretrained(folder / "vae")
     t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2").eval().requires_grad_(False)
     clip = CLIPTextModel.from_pretrained(folder / "text_encoder").eval().requires_grad_(False)
-    return vae, (t5, clip), RollingFluxTransformer2DModel.from_pretrained(folder / "transformer")
+    return vae, (t5, clip), FluxTransformer2DModel.from_pretrained(folder / "transformer")
 
 
 def _edit(path: Path, **changes: Any) -> None:

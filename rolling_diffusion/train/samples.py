@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 from torch import Tensor
 
-from ..models.denoiser import unpack
-from ..pipeline.flux import RollingFluxPipeline
+from ..models.flux import unpack
+from ..pipeline import roll
 from .export import CARD, SHIFT, tokenizers
 from .vae import PATCH, decode, linear_encoder
 
@@ -35,8 +35,9 @@ class Samples:
     def __init__(self, transformer: Any, encoders: tuple, vae: Any) -> None:
         (tokenizer, tokenizer_2), (t5, clip) = tokenizers(), encoders
         scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-        self.pipe = RollingFluxPipeline(scheduler, vae, clip, tokenizer, t5, tokenizer_2, transformer, rolling=CARD)  # pyright: ignore[reportArgumentType]
-        self.pipe.set_progress_bar_config(disable=True)
+        pipe = FluxPipeline(scheduler, vae, clip, tokenizer, t5, tokenizer_2, transformer)  # pyright: ignore[reportArgumentType]
+        pipe.set_progress_bar_config(disable=True)
+        self.roll, self.device = roll(pipe, CARD), pipe.device.type
         self.encoder = linear_encoder(vae)
 
     def __call__(self, path: Path) -> None:
@@ -48,7 +49,7 @@ class Samples:
     def _draw(self, **way: Any) -> Tensor:
         """(B, 3, 256, 256) in 0 to 1."""
         generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
-        with torch.autocast(self.pipe.device.type, torch.bfloat16):
-            (tokens,) = self.pipe(list(PROMPTS), generator=generators, output_type="latent", return_dict=False, **way)
+        with torch.autocast(self.device, torch.bfloat16):
+            (tokens,) = self.roll(list(PROMPTS), generator=generators, output_type="latent", return_dict=False, **way)
         side = CARD["size"] // PATCH
         return decode(unpack(tokens.float().cpu(), side, side), *self.encoder)
