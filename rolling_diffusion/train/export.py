@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from ..models.flux import RollingFluxTransformer2DModel
+from ..world.caption import ALONE, digits
 from .text import CLIP_IDS, LENGTH, T5_IDS
 
 CARD = {
@@ -30,11 +31,14 @@ SHIFT = 2.0  # of the noise levels, towards noise
 
 
 def word_tokenizer(ids: dict[str, int], start: str | None, end: str, pad: str) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are words: lower case, letters only, <unk> for words it does not know."""
+    """A tokenizer whose tokens are words: lower case, letters only, <unk> for words it does not know.
+
+    "3 balls" are "three balls": a digit is read as its name, where that is a word that it knows.
+    """
     tokenizer: Any = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z]+"), " "), normalizers.Strip()]
-    )
+    numbers = [normalizers.Replace(Regex(ALONE.format(digit)), name) for digit, name in digits(ids).items()]
+    letters = [normalizers.Replace(Regex("[^a-z]+"), " "), normalizers.Strip()]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *numbers, *letters])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = [(token, ids[token]) for token in (start, end) if token]
     template = f"{start} $A {end}" if start else f"$A {end}"

@@ -152,8 +152,7 @@ def more_invented(a: Sequence[Verdict], b: Sequence[Verdict]) -> tuple[float, fl
 
 def _bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> tuple[float, float, float]:
     """(value, low, high), 95 %, of a statistic of samples that belong together, one entry a picture."""
-    rng: Any = np.random.default_rng(0)  # under a name that every release of scipy knows
-    low, high = stats.bootstrap(
-        samples, statistic, n_resamples=2000, vectorized=True, paired=True, method="percentile", random_state=rng
-    ).confidence_interval
+    how: dict[str, Any] = {"n_resamples": 2000, "vectorized": True, "paired": True, "method": "percentile"}
+    how["random_state"] = np.random.default_rng(0)  # the name that every release of scipy knows
+    low, high = stats.bootstrap(samples, statistic, **how).confidence_interval
     return float(statistic(*samples, axis=0)), float(low), float(high)
