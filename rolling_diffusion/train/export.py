@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from ..models.flux import RollingFluxTransformer2DModel
+from ..pipeline.loading import plainly
 from ..world.caption import ALONE, digits
 from .text import CLIP_IDS, LENGTH, T5_IDS
 
@@ -102,10 +103,11 @@ def parts(folder: Path) -> tuple[AutoencoderTiny, tuple[T5EncoderModel, CLIPText
     for name in ("vae", "text_encoder", "text_encoder_2", "transformer"):
         if not (folder / name / "config.json").is_file():
             raise ValueError(f"{folder} holds no {name}: name a folder that training has written")
-    vae = AutoencoderTiny.from_pretrained(folder / "vae")
-    t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2").eval().requires_grad_(False)
-    clip = CLIPTextModel.from_pretrained(folder / "text_encoder").eval().requires_grad_(False)
-    return vae, (t5, clip), RollingFluxTransformer2DModel.from_pretrained(folder / "transformer")
+    with plainly(str(folder)):
+        vae = AutoencoderTiny.from_pretrained(folder / "vae")
+        t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2").eval().requires_grad_(False)
+        clip = CLIPTextModel.from_pretrained(folder / "text_encoder").eval().requires_grad_(False)
+        return vae, (t5, clip), RollingFluxTransformer2DModel.from_pretrained(folder / "transformer")
 
 
 def _edit(path: Path, **changes: Any) -> None:
