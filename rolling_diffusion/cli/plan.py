@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..core.plan import Plan, make_plan
 from .arguments import Parser, whole_number
-from .files import check_target, save_json, save_png
+from .files import check_apart, check_target, save_json, save_png
 from .model import EMBEDDED, habits_of, locate
+from .replay import record
 from .settings import PLAN_DEFAULTS, Habits, add_plan_options, complete, plan_of
 
 HEAD = ("", "calls", "tokens/call", "in motion", "visible", "evaluations", "of full")
@@ -28,17 +29,19 @@ def run(values: argparse.Namespace) -> int:
     habits = Habits() if values.model == EMBEDDED else habits_of(values.model, locate(values.model))
     settings = complete(values, {}, PLAN_DEFAULTS, habits)
     plan = plan_of(settings)
+    said = {name for name in settings if getattr(values, name, None) is not None}
     text_tokens = habits.text_tokens if values.text_tokens is None else values.text_tokens
     if values.output is not None:
         check_target(values.output, (".png",))
     if values.json is not None:
         check_target(values.json)
+    check_apart({"--output": values.output, "--json": values.json})
     print(describe(plan, text_tokens))
     if values.output is not None:
         from ..picture import plan_picture
 
-        save_png(values.output, plan_picture(plan, text_tokens=text_tokens), settings)
-        print(f"\n{values.output}")
+        picture = plan_picture(plan, text_tokens=text_tokens)
+        print(f"\n{save_png(values.output, picture, record(said, settings))}")
     if values.json is not None:
         save_json(values.json, {"plan": asdict(plan), "cost": asdict(plan.cost(text_tokens))})
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.order import COLUMN_ORDERS, ORDERS, ROW_ORDERS
 from ..core.plan import DRAFT, Plan, draft_steps, make_plan
-from .arguments import Parser, decimal, name_in, number_or, whole_number
+from .arguments import Parser, decimal, name_in, number_or, seed, whole_number
 
 CELL, TOKEN = 8, 2  # pixels a cell, cells a token: Flux's, and the embedded model's
 EVERYTHING = "all"  # a lookahead over the whole canvas
@@ -72,7 +72,7 @@ def add_plan_options(parser: Parser) -> None:
     ticks = number_or("autoregressive", "ticks (0 is ordinary diffusion)")
     add("--lag", type=ticks, metavar="TICKS", help="ticks between blocks, or autoregressive (default: fits the window)")
     add("--persistence", type=decimal(0, 1), metavar="P", help="memory of finished blocks, 0 to 1 (default: 1)")
-    add("--seed", type=whole_number(0), metavar="N", help="of the noise, and of --order random (default: 0)")
+    add("--seed", type=seed, metavar="N", help="of the noise, and of --order random (default: 0)")
 
 
 def fit_window(order: str, height: int, width: int) -> int:
@@ -85,10 +85,8 @@ def complete(
     values: argparse.Namespace, recorded: dict[str, Any], defaults: dict[str, Any], habits: Habits
 ) -> dict[str, Any]:
     """What was said, else what was recorded, else the default, for each of `defaults`; the rest fitted to the model and
-    the canvas. A recorded overlap or lookahead is not kept where the window it belongs to was said anew."""
+    the canvas."""
     said = {name: value for name, value in vars(values).items() if value is not None}
-    if said.keys() & {"window", "order", "width", "height"}:
-        recorded = {name: value for name, value in recorded.items() if name not in ("window", "overlap", "lookahead")}
     settings = {name: said.get(name, recorded.get(name, default)) for name, default in defaults.items()}
 
     def fit(name: str, value: Any) -> Any:
@@ -115,6 +113,21 @@ def check_side(name: str, pixels: int) -> None:
         low = pixels // side * side
         nearby = f"{low} or {low + side}" if low else f"{side}"
         raise ValueError(f"--{name} is {pixels} pixels, and must be a multiple of {side}: take {nearby}")
+
+
+def check_room(width: int, height: int) -> None:
+    """ValueError if this machine cannot even hold the finished picture, of so many pixels."""
+    import psutil
+
+    need, there = (
+        (3 + 12) * width * height,
+        psutil.virtual_memory().total,
+    )  # as bytes, and as the floats that it is from
+    if need > there:
+        raise ValueError(
+            f"{width} × {height} pixels take at least {need / 2**30:,.0f} GiB of memory, and this machine has "
+            f"{there / 2**30:,.0f} GiB: take a smaller --width or --height"
+        )
 
 
 def plan_of(settings: dict[str, Any]) -> Plan:
