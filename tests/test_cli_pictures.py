@@ -321,7 +321,10 @@ def test_evaluate_prints_a_table_and_writes_its_numbers(here, model, capsys):
         )
         row = next(line for line in out.splitlines() if line.startswith(f"| {way} "))
         assert f"{scores[way]['score']:.3f}" in row
-    assert scores["about"]["prompts"] == 6 and scores["about"]["height"] == 64
+    about = scores["about"]
+    assert about["prompts"] == 6 and about["height"] == 64 and about["model"] == "tiny"
+    assert main(["evaluate", "--width", "160000000"]) == 2
+    assert "of memory, and this machine has" in capsys.readouterr().err
 
 
 def test_train_refuses_what_it_cannot_do(here, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import __version__
 from .arguments import Parser, decimal, name_in, seed, whole_number
 from .files import check_target, save_json
-from .model import DTYPES, EMBEDDED, base_name, device_named, load, locate
+from .model import DTYPES, EMBEDDED, base_name, device_named, habits_of, load, locate
 from .settings import check_room, check_side
 
 
@@ -42,9 +42,10 @@ def run(values: argparse.Namespace) -> int:
     common = {name: value for name, value in common.items() if value is not None}
     for side in common.keys() & {"width", "height"}:
         check_side(side, common[side])
-    check_room(common.get("width", 1), common.get("height", 1))
     device = device_named(values.device)
     folder = locate(values.model)
+    own = habits_of(values.model, folder).size
+    check_room(common.get("width", own), common.get("height", own))
     from tqdm import tqdm
 
     from ..evaluation import MEMORY, STUDY, WAYS, evaluate, table

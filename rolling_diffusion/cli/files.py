@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,9 @@ def check_apart(targets: Mapping[str, Path | None]) -> None:
         seen[target] = name
 
 
-def free(path: Path, taken: Sequence[Path] = ()) -> Path:
-    """`path`, or with -2, -3 and so on after its name, the first that is no file yet and not among `taken`."""
-    return next(p for p in _alternatives(path) if not os.path.lexists(p) and p not in taken)
+def free(path: Path) -> Path:
+    """`path`, or with -2, -3 and so on after its name, the first that is no file yet."""
+    return next(p for p in _alternatives(path) if not os.path.lexists(p))
 
 
 def put(path: Path, write: Callable[[Path], object], fresh: bool = False) -> Path:
@@ -121,13 +122,14 @@ def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
+@cache
 def _sweep(folder: Path) -> None:
-    """Removes what processes that were killed while writing have left in a folder."""
-    for file in folder.iterdir():
-        found = PART.fullmatch(file.name)
-        if found and not psutil.pid_exists(int(found[1])):
-            with suppress(OSError):
-                file.unlink()
+    """Removes what processes that were killed while writing have left in a folder; once in a run."""
+    with suppress(OSError):  # a folder may be written to, but not listed
+        for name in os.listdir(folder):
+            found = PART.fullmatch(name)
+            if found and not psutil.pid_exists(int(found[1])):
+                (folder / name).unlink()
 
 
 def _reason(error: OSError) -> str:

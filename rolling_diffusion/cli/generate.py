@@ -178,7 +178,7 @@ def targets(values: argparse.Namespace, prompt: str, seed: int) -> list[Path]:
     for number in range(values.batch):
         if values.output is None:
             words = "-".join(re.findall(r"\w+", prompt.lower()))[:60].encode()[:120].decode(errors="ignore").strip("-")
-            outputs.append(free(Path(f"{words or 'picture'}-{seed + number}.png"), outputs))
+            outputs.append(free(Path(f"{words or 'picture'}-{seed + number}.png")))
         elif values.batch == 1:
             outputs.append(values.output)
         else:
