@@ -61,9 +61,30 @@ def test_weights_that_are_all_foreign_are_refused(folder, part):
     assert part in error and "lacks" in error and "more" in error
 
 
-def test_layers_that_the_configuration_does_not_count_are_refused(folder):
-    rewrite(folder / "transformer" / "config.json", lambda c: c | {"num_layers": -1})
-    assert "no place for: transformer_blocks.0." in refused(folder)
+@pytest.mark.parametrize(
+    "part, change, name",
+    [
+        ("transformer", {"num_layers": -1}, "transformer_blocks.0."),
+        ("text_encoder", {"num_hidden_layers": 0}, "encoder.layers.0."),
+        ("text_encoder_2", {"num_layers": 0}, "encoder.block.0."),
+        ("vae", {"layers_per_block": 0}, ".resnets."),
+    ],
+)
+def test_layers_that_the_configuration_does_not_count_are_refused(folder, part, change, name):
+    rewrite(folder / part / "config.json", lambda c: c | change)
+    error = refused(folder)
+    assert f"{part} in {folder} has weights that its config.json has no place for: " in error and name in error
+
+
+def test_other_models_beside_a_text_encoder_do_no_harm(folder):
+    others = {"text_encoder": "vision_model.x", "text_encoder_2": "lm_head.weight"}
+    for part, name in others.items():
+        file, state = weights(folder, part)
+        more = {name: torch.zeros(2)}
+        if part == "text_encoder":
+            more["text_model.embeddings.position_ids"] = torch.arange(8)[None]
+        save_file(state | more, file, {"format": "pt"})
+    assert load(folder, device="cpu").text_encoder is not None
 
 
 @pytest.mark.parametrize("part", ["text_encoder_2", "transformer", "vae"])

@@ -37,6 +37,7 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 # Weights of a variant, such as model.fp16.safetensors or diffusion_pytorch_model.fp16-00001-of-00003.safetensors.
 VARIANT = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
+COMPUTED = ("position_ids", "inv_freq")  # what older releases of transformers stored, and newer ones compute
 
 
 class Refused(ValueError):
@@ -169,7 +170,7 @@ def _index(folder: Path) -> dict[str, list[Any]]:
 
 
 def _part(folder: Path, kind: Any, dtype: torch.dtype, quantizer: Any, variant: str | None) -> Any:
-    """One model of a folder, with every weight that it needs and none that it has no place for."""
+    """One model of a folder, with every weight that it needs, and no layer that it has no place for."""
     settings = {"quantization_config": quantizer} if quantizer else {}
     if not folder.is_dir():
         raise Refused(f"{folder.parent} is not whole: it has no {folder.name} folder, which its model_index.json names")
@@ -178,11 +179,13 @@ def _part(folder: Path, kind: Any, dtype: torch.dtype, quantizer: Any, variant: 
     )
     if about["missing_keys"]:
         raise Refused(f"{folder.name} in {folder.parent} lacks {_some(about['missing_keys'])}: get its weights again")
+    # Whole other models beside it, such as the picture half of CLIP, do no harm; layers that it does not count do.
     # What quantised weights are stored with has names of its own.
-    if about["unexpected_keys"] and not getattr(module.config, "quantization_config", None):
+    roots = {name for name, _ in module.named_children()}
+    foreign = [n for n in about["unexpected_keys"] if n.partition(".")[0] in roots and not n.endswith(COMPUTED)]
+    if foreign and not getattr(module.config, "quantization_config", None):
         raise Refused(
-            f"{folder.name} in {folder.parent} has weights that its config.json has no place for: "
-            f"{_some(about['unexpected_keys'])}"
+            f"{folder.name} in {folder.parent} has weights that its config.json has no place for: {_some(foreign)}"
         )
     return module
 
