@@ -215,7 +215,7 @@ def test_a_picture_to_start_from_reaches_the_pipeline_only_where_one_is_given(he
     def heard(*argv):
         values = make_parser().strict(["generate", "a boat", *argv])
         job, pipe = generate.prepare(values), Stock()
-        generate.draw(pipe, job.settings, job, None)
+        generate.draw(pipe, job.settings, job)
         return pipe.heard
 
     alone = heard()

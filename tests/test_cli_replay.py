@@ -83,6 +83,24 @@ def test_an_old_picture_made_anew_is_the_same():
     assert {**first, "cfg": 2.5} == again  # which the model's card says
 
 
+def test_a_default_that_has_changed_since_is_told(here):
+    file = made("a blue boat", "--device", "cpu")
+    kept = read_record(here / file)
+
+    def told(*argv: str) -> list[str]:
+        one = job("--from", file, *argv)
+        return list(generate.notes(parsed("--from", file, *argv), one, one.settings))
+
+    assert told() == []
+    save_png(here / file, PIXEL.copy(), kept | {"fitted": kept["fitted"] | {"draft": 5}})
+    assert (
+        told()
+        == told("--seed", "4")
+        == ["boat.png was made with draft 5, and is now made with 10, as the default has changed"]
+    )
+    assert told("--steps", "8") == []
+
+
 @pytest.mark.parametrize("picture", ["new", "old"])
 def test_device_dtype_and_offload_are_the_machine_s(here, picture):
     made("a blue boat", "--dtype", "float32", "--device", "cpu")

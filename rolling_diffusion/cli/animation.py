@@ -22,19 +22,20 @@ MOST_FRAMES = 30  # of an animation; a longer run is sampled evenly
 
 
 class Film:
-    """Collects pictures of a run as it appears. preview: the model's guess at the picture, from a frame."""
+    """Collects pictures of a run as it appears."""
 
-    def __init__(self, plan: Plan, preview: Callable[[Any], Image.Image]) -> None:
-        self.plan, self.preview = plan, preview
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.levels: dict[Block, float] = {}
         self.frames: list[Image.Image] = []
 
-    def __call__(self, frame: Any) -> None:
+    def add(self, frame: Any, preview: Callable[[Any], Image.Image]) -> None:
+        """preview: the model's guess at the picture, from a frame; asked for where the frame is kept."""
         # In every tick: a block may come and go between two frames that are kept. Blocks finish in their order.
         self.levels.update(dict.fromkeys(self.plan.blocks[: frame.blocks[0].index], 0.0))
         self.levels.update(zip(frame.blocks, frame.sigmas))
         if frame.tick % max(1, -(-frame.total // MOST_FRAMES)) == 0:
-            self.frames.append(unveiled(self.preview(frame), self.plan, self.levels))
+            self.frames.append(unveiled(preview(frame), self.plan, self.levels))
 
 
 def unveiled(image: Image.Image, plan: Plan, levels: Mapping[Block, float]) -> Image.Image:

@@ -7,7 +7,7 @@ import inspect
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ from .. import __version__
 from .animation import SUFFIXES, Film, check_mp4, save_animation
 from .arguments import LAST_SEED, Parser, decimal, name_in, whole_number
 from .files import check_apart, check_target, free, read_picture, save_json, save_png
-from .model import DTYPES, EMBEDDED, QUANTIZERS, device_named, habits_of, load, locate, lora, warnings_of
-from .replay import record, replayed
+from .model import DTYPES, EMBEDDED, QUANTIZERS, device_named, habits_of, load, locate, lora, resolved, warnings_of
+from .replay import changed, record, replayed
 from .settings import CELL, PLAN_DEFAULTS, TOKEN, Habits, add_plan_options, check_room, complete, plan_of
 
 if TYPE_CHECKING:
@@ -89,11 +89,15 @@ def add_options(parser: Parser) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done, all of it checked. settings: every number; said: the names of those that the user said."""
+    """What is to be done, all of it checked. settings: every number; said: the names of those that the user said.
+
+    text_tokens: of a prompt.
+    """
 
     settings: dict[str, Any]
     said: frozenset[str]
     plan: Plan
+    text_tokens: int
     folder: str
     outputs: list[Path]
     image: Image.Image | None
@@ -114,18 +118,16 @@ def run(values: argparse.Namespace) -> int:
         quantize=settings["quantize"],
     )
     loaded = time.perf_counter() - started
-    settings["dtype"] = str(pipeline.dtype).removeprefix("torch.")
-    settings["cfg"] = pipeline.card.cfg if settings["cfg"] is None else settings["cfg"]
-    if job.image is not None and job.image.size != (settings["width"], settings["height"]):
-        size = f"{job.image.width} × {job.image.height}"
-        print(f"note: --image, {size} pixels, is scaled to {settings['width']} × {settings['height']}", file=sys.stderr)
+    settings = settings | resolved(pipeline, settings)
     for warning in warnings_of(pipeline, settings["prompt"], settings["negative_prompt"]):
         print(f"warning: {warning}", file=sys.stderr)
+    for note in notes(values, job, settings):
+        print(f"note: {note}", file=sys.stderr)
 
     pictures = []
     for number, output in enumerate(job.outputs):
         one = settings | {"seed": settings["seed"] + number}
-        film = Film(job.plan, pipeline.preview) if values.animation and number == 0 else None
+        film = Film(job.plan) if values.animation and number == 0 else None
         started = time.perf_counter()
         image = draw(pipeline, one, job, film)
         seconds = time.perf_counter() - started
@@ -135,8 +137,18 @@ def run(values: argparse.Namespace) -> int:
         if film is not None:
             print(save_animation(values.animation, [*film.frames, image]))
     if values.report:
-        print(save_json(values.report, report(settings, job.plan, pipeline, pictures, loaded)))
+        print(save_json(values.report, report(settings, job, pictures, loaded)))
     return 0
+
+
+def notes(values: argparse.Namespace, job: Job, settings: dict[str, Any]) -> Iterator[str]:
+    """What is not as it was, or not as it was given."""
+    if job.image is not None and job.image.size != (settings["width"], settings["height"]):
+        size = f"{job.image.width} × {job.image.height} pixels"
+        yield f"--image is of {size}, and is scaled to {settings['width']} × {settings['height']}"
+    if values.again:
+        for name, (old, new) in changed(values.again, values, settings).items():
+            yield f"{values.again} was made with {name} {old}, and is now made with {new}, as the default has changed"
 
 
 def prepare(values: argparse.Namespace) -> Job:
@@ -159,8 +171,10 @@ def prepare(values: argparse.Namespace) -> Job:
         fitted(values, again, Habits())
     device = device_named(values.device or "auto")
     folder = locate(name)
-    settings, plan = fitted(values, again, habits_of(name, folder))
-    return Job(settings | {"device": device}, frozenset({*said, "seed"}), plan, folder, outputs, image, mask)
+    habits = habits_of(name, folder)
+    settings, plan = fitted(values, again, habits)
+    settings["device"] = device
+    return Job(settings, frozenset({*said, "seed"}), plan, habits.text_tokens, folder, outputs, image, mask)
 
 
 def fitted(values: argparse.Namespace, again: dict[str, Any], habits: Habits) -> tuple[dict[str, Any], Plan]:
@@ -174,10 +188,10 @@ def targets(values: argparse.Namespace, prompt: str, seed: int) -> list[Path]:
 
     A name that was given is written to; one that was not is of the prompt and the seed, and of no file that exists.
     """
+    words = "-".join(re.findall(r"\w+", prompt.lower()))[:60].encode()[:120].decode(errors="ignore").strip("-")
     outputs: list[Path] = []
     for number in range(values.batch):
         if values.output is None:
-            words = "-".join(re.findall(r"\w+", prompt.lower()))[:60].encode()[:120].decode(errors="ignore").strip("-")
             outputs.append(free(Path(f"{words or 'picture'}-{seed + number}.png")))
         elif values.batch == 1:
             outputs.append(values.output)
@@ -213,13 +227,17 @@ def nearest_side(pixels: int) -> int:
     return max(side, round(pixels / side) * side)
 
 
-def draw(
-    pipeline: RollingFluxPipeline, settings: dict[str, Any], job: Job, watch: Callable[[Any], object] | None
-) -> Image.Image:
-    """One picture. watch: told of every frame."""
+def draw(pipeline: RollingFluxPipeline, settings: dict[str, Any], job: Job, film: Film | None = None) -> Image.Image:
+    """One picture; `film` is shown every frame."""
     import torch
     from tqdm import tqdm
 
+    start = {"image": job.image, "mask_image": job.mask, "strength": settings["strength"]}
+    start = {name: value for name, value in start.items() if value is not None}
+    if start and not start.keys() <= inspect.signature(pipeline.__call__).parameters.keys():
+        raise ValueError(
+            "--image needs a pipeline that starts from pictures, and this model's draws from prompts alone"
+        )
     blocks = job.plan.blocks
     bar = tqdm(total=job.plan.ticks, unit="call", leave=False, disable=None)
 
@@ -228,15 +246,9 @@ def draw(
         bar.update(frame.tick + 1 - bar.n)
         together = len(frame.blocks) == len(blocks)
         bar.set_description("all blocks" if together else f"block {frame.blocks[0].index + 1} of {len(blocks)}")
-        if watch is not None:
-            watch(frame)
+        if film is not None:
+            film.add(frame, pipeline.preview)
 
-    start = {"image": job.image, "mask_image": job.mask, "strength": settings["strength"]}
-    start = {name: value for name, value in start.items() if value is not None}
-    if start and not start.keys() <= inspect.signature(pipeline.__call__).parameters.keys():
-        raise ValueError(
-            "--image needs a pipeline that starts from pictures, and this model's draws from prompts alone"
-        )
     with bar:
         images, *_ = pipeline(
             prompt=settings["prompt"],
@@ -262,13 +274,7 @@ def draw(
     return images[0]
 
 
-def report(
-    settings: dict[str, Any],
-    plan: Plan,
-    pipeline: RollingFluxPipeline,
-    pictures: list[dict[str, Any]],
-    loaded: float,
-) -> dict[str, Any]:
+def report(settings: dict[str, Any], job: Job, pictures: list[dict[str, Any]], loaded: float) -> dict[str, Any]:
     """What was made, from what, at what cost."""
     import diffusers
     import torch
@@ -278,8 +284,8 @@ def report(
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
-        "plan": asdict(plan),
-        "cost": asdict(plan.cost(pipeline.card.max_sequence_length)),
+        "plan": asdict(job.plan),
+        "cost": asdict(job.plan.cost(job.text_tokens)),
         "load_seconds": round(loaded, 3),
         "pictures": pictures,
     }

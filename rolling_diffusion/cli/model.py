@@ -196,6 +196,12 @@ def load(folder: str, device: str, dtype: str, **options: Any) -> RollingFluxPip
     return pipeline
 
 
+def resolved(pipeline: RollingFluxPipeline, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that only a loaded model tells."""
+    cfg = pipeline.card.cfg if settings["cfg"] is None else settings["cfg"]
+    return {"dtype": str(pipeline.dtype).removeprefix("torch."), "cfg": cfg}
+
+
 def lora(text: str) -> tuple[str, float]:
     """Type of --lora: a file, a folder or a hub id, and after = a strength, 1 if there is none."""
     name, mark, strength = text.rpartition("=")

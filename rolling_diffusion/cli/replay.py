@@ -72,6 +72,20 @@ def replayed(path: Path, values: argparse.Namespace, names: Collection[str]) -> 
     }
 
 
+def changed(path: Path, values: argparse.Namespace, settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What was fitted to the picture at `path` and is fitted otherwise now, by name, as (then, now).
+
+    Nothing, where more than a seed or the machine was said anew: else the defaults have changed since.
+    """
+    then = read_record(path).get("fitted")
+    if not isinstance(then, dict) or any(
+        getattr(values, name, None) is not None for name in {*settings} - {"seed", *MACHINE}
+    ):
+        return {}
+    now = {name: _shown(name, value) for name, value in settings.items()}
+    return {name: (old, now[name]) for name, old in then.items() if name in now and now[name] != old}
+
+
 def _checked(path: Path, name: str, value: Any, parser: Parser) -> Any:
     """A recorded value, which is held to what its option allows, and a file's name, which is looked for."""
     action = next(action for action in parser._actions if action.dest == name)
