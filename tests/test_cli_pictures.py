@@ -15,6 +15,8 @@ from rolling_diffusion.cli.files import read_record
 from rolling_diffusion.cli.main import make_parser
 from rolling_diffusion.cli.model import card_of, locate
 from rolling_diffusion.core.plan import make_plan
+from rolling_diffusion.world.render import render
+from rolling_diffusion.world.scene import random_scene
 
 TINY = ("--width", "64", "--height", "64", "--steps", "3", "--device", "cpu")
 PROMPT = "a red house left of a blue boat"
@@ -196,41 +198,37 @@ def test_what_is_cut_off_a_prompt_is_named(here, model, capsys):
     assert capsys.readouterr().err == ""
 
 
-class Stock:
-    """A pipeline that starts from pictures, as far as `draw` sees it."""
-
-    def __init__(self) -> None:
-        self.heard = {}
-
-    def __call__(self, prompt, image=None, mask_image=None, strength=0.6, **others):
-        self.heard = {"image": image, "mask_image": mask_image, "strength": strength} | others
-        return [Image.new("RGB", (others["width"], others["height"]))], None
-
-
-def test_a_picture_to_start_from_reaches_the_pipeline_only_where_one_is_given(here):
-    Image.new("RGBA", (100, 60), "red").save("photo.png")
-    Image.new("L", (100, 60), 255).save("mask.png")
-
-    def heard(*argv):
-        values = make_parser().strict(["generate", "a boat", *argv])
-        job, pipe = generate.prepare(values), Stock()
-        generate.draw(pipe, job.settings, job)
-        return pipe.heard
-
-    alone = heard()
-    assert (alone["image"], alone["mask_image"], alone["strength"]) == (None, None, 0.6)
-    given = heard("--image", "photo.png", "--mask", "mask.png", "--strength", "0.25")
-    assert given["image"].mode == "RGB" and given["image"].size == (100, 60)
-    assert given["mask_image"].mode == "L" and given["strength"] == 0.25
-    assert (given["width"], given["height"]) == (96, 64)
-    assert heard("--image", "photo.png", "--width", "128")["width"] == 128
+def test_a_picture_to_start_from_is_kept_as_far_as_strength_and_mask_say(here, capsys):
+    photo = render(random_scene(np.random.default_rng(0), 128, 128))
+    Image.fromarray(photo).save("photo.png")
+    Image.fromarray(np.repeat(np.uint8([[0], [255]]), 64, 0).repeat(128, 1)).save("mask.png")
+    start = ("--image", "photo.png", "--device", "cpu", "--steps", "6")
+    for name, more in {
+        "weak": ("--strength", "0.2"),
+        "strong": ("--strength", "0.95"),
+        "masked": ("--mask", "mask.png", "--strength", "0.95"),
+    }.items():
+        assert main(["generate", PROMPT, *start, *more, "-o", f"{name}.png"]) == 0
+    found = {name: pixels(f"{name}.png").astype(float) for name in ("weak", "strong", "masked")}
+    error = {name: np.abs(image - photo).mean() for name, image in found.items()}
+    assert error["weak"] < 0.5 * error["strong"], error
+    halves = [np.abs(found["masked"] - photo)[rows].mean() for rows in (slice(0, 56), slice(72, 128))]
+    assert halves[0] < 0.5 * halves[1], halves
+    again = (*start[2:], "-o", "again.png")
+    assert main(["generate", "--from", "masked.png", *again]) == 0
+    assert np.array_equal(pixels("again.png"), pixels("masked.png"))
+    assert capsys.readouterr().err == ""
 
 
-def test_a_model_that_draws_from_prompts_alone_says_so(here, model, capsys):
+def test_what_a_pipeline_does_not_take_is_named(here):
+    class Textless:
+        parameters = ("prompt",)
+        pipe = None
+
     Image.new("RGB", (64, 64)).save("photo.png")
-    assert main(["generate", PROMPT, *TINY, "--model", model, "--image", "photo.png", "-o", "one.png"]) == 2
-    assert "this model's draws from prompts alone" in capsys.readouterr().err
-    assert not (here / "one.png").exists()
+    job = generate.prepare(make_parser().strict(["generate", "a boat", "--negative-prompt", "ugly"]))
+    with pytest.raises(ValueError, match="--negative-prompt is not for NoneType, which takes no negative_prompt"):
+        generate.draw(Textless(), job.settings, job)  # pyright: ignore[reportArgumentType]
 
 
 def test_weights_that_are_not_finite_are_one_sentence(here, model, capsys):

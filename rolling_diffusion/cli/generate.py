@@ -118,7 +118,7 @@ def run(values: argparse.Namespace) -> int:
     loaded = time.perf_counter() - started
     if pipeline.card != job.card:  # a model without a card of ours has defaults of its own
         job = prepare(values, pipeline.card)
-    settings = fitted(job.settings, job.plan, job.card) | resolved(pipeline, job.settings)
+    settings = job.settings | resolved(pipeline, job.settings)
     for warning in warnings_of(pipeline, settings["prompt"], settings["negative_prompt"]):
         print(f"warning: {warning}", file=sys.stderr)
     for note in notes(values, job, settings):
@@ -129,7 +129,7 @@ def run(values: argparse.Namespace) -> int:
         one = settings | {"seed": settings["seed"] + number}
         film = Film(job.plan) if values.animation and number == 0 else None
         started = time.perf_counter()
-        image = draw(pipeline, job.settings | {"seed": one["seed"]}, job, film)
+        image = draw(pipeline, one, job, film)
         seconds = time.perf_counter() - started
         file = save_png(output, image, record(job.said, one), fresh=values.output is None)
         print(file)
@@ -175,7 +175,7 @@ def prepare(values: argparse.Namespace, card: Card | None = None) -> Job:
     settings = complete(values, again, DEFAULTS, card)
     check_room(settings["width"], settings["height"])
     plan = plan_of(settings, card)
-    settings["device"] = device_named(values.device or "auto")
+    settings = fitted(settings, plan, card) | {"device": device_named(values.device or "auto")}
     return Job(settings, frozenset({*said, "seed"}), plan, card, folder, outputs, image, mask)
 
 
@@ -236,6 +236,8 @@ def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | Non
         if name not in pipeline.parameters:
             option = {"mask_image": "--mask"}.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(f"{option} is not for {type(pipeline.pipe).__name__}, which takes no {name}: leave it out")
+    # What was not said is fitted by the same rules once more: to the steps that a picture to start from leaves, too.
+    fit = {name: settings[name] for name in ("window", "overlap", "draft", "lookahead") if name in job.said}
     blocks = job.plan.blocks
     bar = tqdm(total=job.plan.ticks, unit="call", leave=False, disable=None)
 
@@ -255,11 +257,8 @@ def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | Non
             num_inference_steps=settings["steps"],
             cfg=settings["cfg"],
             order=settings["order"],
-            window=settings["window"],
-            overlap=settings["overlap"],
+            **fit,
             attention_persistence=settings["persistence"],
-            draft=settings["draft"],
-            lookahead="auto" if settings["lookahead"] is None else settings["lookahead"],
             lag=settings["lag"],
             sampler=settings["sampler"],
             scheduler_sigmas=settings["scheduler"],
