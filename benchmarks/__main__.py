@@ -1,123 +1,131 @@
 """`make bench`: ratios on the embedded model, each pair interleaved in one run; writes benchmarks/results.md.
 
-Rollout overhead at one block, measured time against the plan's predicted cost, and memory on and off.
+roll(pipe) at one block against the pipeline itself, the share of time that is not the transformer's, measured time
+against the plan's predicted cost, and memory on and off.
 """
 
 from __future__ import annotations
 
 import platform
+import time
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
+from diffusers import FluxPipeline
 
-from rolling_diffusion.core.plan import Plan, make_plan
-from rolling_diffusion.core.rollout import Moving, rollout
-from rolling_diffusion.core.sigmas import sigmas
-from rolling_diffusion.models.denoiser import FluxDenoiser
-from rolling_diffusion.models.flux import RollingFluxTransformer2DModel
+from rolling_diffusion import Card, plan_for, roll
 
 from . import ratios
 
 MODEL = Path(__file__).parent.parent / "rolling_diffusion" / "embedded"
 SIDE, STEPS, TEXT = 32, 20, 32  # cells, steps, text tokens: a picture of 256×256 at the defaults
-
-
-def euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """Euler's method, in the shape of k-diffusion's samplers: the same function runs plain and in the rollout."""
-    for i in range(len(sigmas) - 1):
-        denoised = model(x, sigmas[i] * x.new_ones(x.shape[0]), **(extra_args or {}))
-        if callback is not None:
-            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        x = x + (x - denoised) / sigmas[i] * (sigmas[i + 1] - sigmas[i])
-    return x
+FOUR = {"window": 16, "overlap": 8, "draft": 0}  # four strips
+PLANS: dict[str, dict[str, Any]] = {
+    "the defaults: window 16, overlap 8, draft 10": {},
+    "window 16, overlap 8": FOUR,
+    "window 16, overlap 8, draft 5": FOUR | {"draft": 5},
+    "window 24, overlap 16": {"window": 24, "overlap": 16, "draft": 0},
+    "block-autoregressive, 4 strips": FOUR | {"lag": "autoregressive"},
+    "spiral-out, window 16, overlap 0": {"window": 16, "overlap": 0, "draft": 0, "order": "spiral-out"},
+}
+MEMORY: dict[str, dict[str, Any]] = {
+    "finished and waiting": FOUR,
+    "finished only": FOUR | {"lookahead": 0},
+    "waiting only": FOUR | {"attention_persistence": 0.0},
+    "none": FOUR | {"lookahead": 0, "attention_persistence": 0.0},
+}
 
 
 class Bench:
+    """One branch (no classifier-free guidance), latents as output, embeddings made beforehand."""
+
     def __init__(self) -> None:
-        self.model = RollingFluxTransformer2DModel.from_pretrained(MODEL / "transformer", torch_dtype=torch.float32)
-        self.model.eval()
-        self.levels = sigmas("uniform", STEPS, shift=2.0)
-        generator = torch.Generator().manual_seed(0)
-        self.noise = torch.randn(1, 16, SIDE, SIDE, generator=generator)
-        width = self.model.config["joint_attention_dim"]
-        self.text = torch.randn(1, TEXT, width, generator=generator)
-        self.pooled = torch.randn(1, self.model.config["pooled_projection_dim"], generator=generator)
+        self.pipe = FluxPipeline.from_pretrained(MODEL)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.roll, self.card = roll(self.pipe), Card.in_folder(MODEL)
+        embeds, pooled, _ = self.pipe.encode_prompt("a red ball above a blue boat", max_sequence_length=TEXT)
+        self.prompt = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "true_cfg_scale": 1.0}
+        self.inside = 0.0  # seconds in the transformer
 
-    def denoiser(self, plan: Plan) -> FluxDenoiser:
-        return FluxDenoiser(
-            self.model, self.text, self.pooled, persistence=plan.persistence, lookahead=plan.lookahead, size=plan.size
-        )
+    def call(self, pipe: Any, **way: Any) -> None:
+        size = {"height": SIDE * 8, "width": SIDE * 8, "num_inference_steps": STEPS}
+        pipe(**self.prompt, **size, output_type="latent", generator=torch.Generator().manual_seed(0), **way)
 
-    @torch.no_grad()
-    def plain(self) -> None:
-        whole = make_plan(SIDE, SIDE, STEPS, window=SIDE, overlap=0)
-        block, denoiser = whole.blocks[0], self.denoiser(whole)
-        euler(lambda x, sigma: denoiser.denoise([Moving(block, x, sigma[0])])[0], self.noise, self.levels)
+    def stock(self) -> None:
+        self.call(self.pipe)
 
-    @torch.no_grad()
-    def roll(self, plan: Plan) -> None:
-        noise = self.noise
-        for _ in rollout(plan, self.denoiser(plan), euler, self.levels, lambda b: noise[..., b.rows, b.columns]):
-            pass
-
-    def overhead(self) -> list[str]:
-        whole = make_plan(SIDE, SIDE, STEPS, window=SIDE, overlap=0)
-        middle, every = ratios(lambda: self.roll(whole), self.plain, 60)
+    def overhead(self, repeats: int = 60) -> list[str]:
+        middle, every = ratios(lambda: self.call(self.roll, lag=0), self.stock, repeats)
         return [
-            "## Rollout overhead",
-            f"One block of {SIDE}×{SIDE} cells, {STEPS} Euler steps: rollout against the plain sampler loop, the same",
-            f"function and model. Median ratio of {len(every)} interleaved pairs: **{middle:.3f}**",
-            f"(quartiles {every[len(every) // 4]:.3f} and {every[-len(every) // 4]:.3f}; target: below 1.02).",
+            "## roll(pipe) at one block",
+            f"A picture of {SIDE * 8}×{SIDE * 8}, {STEPS} steps: roll(pipe) at lag 0 against the pipeline itself.",
+            f"Median ratio of {len(every)} interleaved pairs: **{middle:.3f}**",
+            f"(quartiles {every[len(every) // 4]:.3f} and {every[-len(every) // 4]:.3f}; target: at most 1.02).",
         ]
+
+    def outside(self, repeats: int = 12) -> list[str]:
+        kind = type(self.pipe.transformer)
+        forward = kind.__call__
+
+        def timed(model: Any, *args: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return forward(model, *args, **options)
+            finally:
+                self.inside += time.perf_counter() - started
+
+        def share(pipe: Any, **way: Any) -> float:
+            self.inside, started = 0.0, time.perf_counter()
+            self.call(pipe, **way)
+            return 1 - self.inside / (time.perf_counter() - started)
+
+        kind.__call__ = timed
+        try:
+            share(self.roll)
+            rolling = median(share(self.roll) for _ in range(repeats))
+            stock = median(share(self.pipe) for _ in range(repeats))
+        finally:
+            kind.__call__ = forward
+        return [
+            "## Time outside the transformer",
+            f"Of a rolling run at the defaults: **{rolling:.1%}** (target: at most 3 %); of the pipeline itself:",
+            f"{stock:.1%}. Medians of {repeats} runs.",
+        ]
+
+    def plan(self, way: dict[str, Any]) -> Any:
+        way = {"persistence" if k == "attention_persistence" else k: v for k, v in way.items()}
+        return plan_for(self.card, SIDE, SIDE, STEPS, **way)
+
+    def compared(self, ways: dict[str, dict[str, Any]], repeats: int = 5) -> list[str]:
+        lines = ["", "| plan | calls | predicted | measured |", "| --- | --- | --- | --- |"]
+        for name, way in ways.items():
+            cost = self.plan(way).cost(TEXT)
+            middle, _ = ratios(lambda way=way: self.call(self.roll, **way), self.stock, repeats)
+            calls = cost.ticks + cost.waiting_calls + cost.commits
+            lines.append(f"| {name} | {calls} | {cost.relative:.2f} | {middle:.2f} |")
+        return lines
 
     def cost(self) -> list[str]:
-        lines = [
+        return [
             "## Measured time against the plan's prediction",
-            "Both relative to ordinary diffusion of the same canvas. Predicted: token evaluations, text in each call",
-            "included. Small calls are dearer a token than large ones; the prediction leaves that out, and a small",
-            "model shows it most.",
-            "",
-            "| plan | ticks | predicted | measured |",
-            "| --- | --- | --- | --- |",
+            "Both relative to the pipeline itself on the same canvas. Predicted: token evaluations, the text's in each",
+            "call included. What is measured beyond: a small call is dearer a token than a large one, which a small",
+            "model on a CPU shows most, and queries that attend to memory, which are no tokens.",
+            *self.compared(PLANS),
         ]
-        for name, settings in {
-            "window 16, overlap 8": {"window": 16, "overlap": 8},
-            "window 16, overlap 8, draft 5": {"window": 16, "overlap": 8, "draft": 5},
-            "window 24, overlap 16": {"window": 24, "overlap": 16},
-            "block-autoregressive, 4 strips": {"window": 16, "overlap": 8, "lag": "autoregressive"},
-            "spiral-out, window 16, overlap 0": {"window": 16, "overlap": 0, "order": "spiral-out"},
-        }.items():
-            plan = make_plan(SIDE, SIDE, STEPS, **settings)
-            middle, _ = ratios(lambda plan=plan: self.roll(plan), self.plain, 5)
-            cost = plan.cost(TEXT)
-            lines.append(f"| {name} | {cost.ticks} | {cost.relative:.2f} | {middle:.2f} |")
-        return lines
 
     def memory(self) -> list[str]:
-        lines = [
-            "## Memory on and off",
-            "Four strips, window 16, overlap 8; time relative to ordinary diffusion of the same canvas.",
-            "",
-            "| memory | predicted | measured |",
-            "| --- | --- | --- |",
-        ]
-        for name, settings in {
-            "finished and waiting": {},
-            "finished only": {"lookahead": 0},
-            "waiting only": {"persistence": 0.0},
-            "none": {"lookahead": 0, "persistence": 0.0},
-        }.items():
-            plan = make_plan(SIDE, SIDE, STEPS, window=16, overlap=8, **settings)
-            middle, _ = ratios(lambda plan=plan: self.roll(plan), self.plain, 5)
-            lines.append(f"| {name} | {plan.cost(TEXT).relative:.2f} | {middle:.2f} |")
-        return lines
+        head = ["## Memory on and off", "Four strips, window 16, overlap 8, no draft; relative to the pipeline itself."]
+        return [*head, *self.compared(MEMORY)]
 
 
 def main() -> None:
     bench = Bench()
     where = f"torch {torch.__version__.split('+')[0]}, {torch.get_num_threads()} threads, {platform.machine()}"
     parts = [["# Benchmarks", f"Written by `make bench` ({where}). Ratios, not seconds: machines differ."]]
-    for part in (bench.overhead, bench.cost, bench.memory):
+    for part in (bench.overhead, bench.outside, bench.cost, bench.memory):
         parts.append(part())
         print("\n".join(parts[-1]), flush=True)
     path = Path(__file__).parent / "results.md"

@@ -74,10 +74,9 @@ class Bench:
 
     def __init__(self, dry: bool) -> None:
         import torch
-        from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+        from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-        from rolling_diffusion import RollingFluxPipeline
-        from rolling_diffusion.models.flux import RollingFluxTransformer2DModel
+        from rolling_diffusion import roll
 
         self.dry, self.shape = dry, SMALL if dry else FLUX
         self.device, self.dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
@@ -88,7 +87,7 @@ class Bench:
         torch.set_default_dtype(self.dtype)
         try:
             with torch.device(self.device):
-                self.model = RollingFluxTransformer2DModel(
+                self.model = FluxTransformer2DModel(
                     in_channels=64,
                     joint_attention_dim=4096,
                     pooled_projection_dim=768,
@@ -101,10 +100,9 @@ class Bench:
         vae = AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=2, latent_channels=16)  # for its factor of 8
         parts = dict(scheduler=scheduler, vae=vae, text_encoder=None, tokenizer=None, text_encoder_2=None,
                      tokenizer_2=None, transformer=self.model)  # fmt: skip
-        self.stock, self.rolling = FluxPipeline(**parts), RollingFluxPipeline(**parts)
-        self.stock.to(self.device)
-        for pipe in (self.stock, self.rolling):
-            pipe.set_progress_bar_config(disable=True)
+        self.stock = FluxPipeline(**parts).to(self.device)
+        self.stock.set_progress_bar_config(disable=True)
+        self.rolling = roll(self.stock)
         self.embeds = torch.randn(1, self.text, 4096).to(self.device, self.dtype)
         self.pooled = torch.randn(1, 768).to(self.device, self.dtype)
         self.torch = torch

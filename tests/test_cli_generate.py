@@ -8,7 +8,8 @@ from PIL import Image
 
 from rolling_diffusion.cli import main
 from rolling_diffusion.cli.files import save_png
-from rolling_diffusion.cli.model import check_folder, known_words, unknown_words
+from rolling_diffusion.cli.main import make_parser
+from rolling_diffusion.cli.model import check_folder, cut_off, known_words, lora, unknown_words
 
 PARTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -58,6 +59,29 @@ def refused(capsys, *argv: str) -> str:
         (["a ball", "--quantize", "int4"], ["--quantize", "did you mean 'int8'?"]),
         (["a ball", "--lora", "style=strong"], ["--lora", "'strong' is no number"]),
         (["a ball", "--steps", "0"], ["--steps", "at least 1"]),
+        (["a ball", "--seed", "18446744073709551616"], ["--seed", "from 0 to 18446744073709551615"]),
+        (["a ball", "--seed", "9" * 5000], ["--seed", "from 0 to 18446744073709551615"]),
+        (["a ball", "--seed", "18446744073709551615", "--batch", "2"], ["--seed", "leaves no seeds for --batch 2"]),
+        (["a ball", "--width", "100000000"], ["at least 358 GiB of memory", "this machine has", "smaller --width"]),
+        (["a ball", "--device", "meta"], ["--device meta is unknown"]),
+        (["a ball", "--model", ""], ["--model is empty", "leave it out"]),
+        (["a ball", "--model", "x" * 5000], ["--model xxx", "no such folder or file"]),
+        (["a ball", "--model", "~nouser/x"], ["--model ~nouser/x: there is no such folder or file"]),
+        (["a ball", "--lora", "=1"], ["--lora", "'=1' has no name"]),
+        (["a ball", "--lora", "style=inf"], ["--lora", "'inf' is no number"]),
+        (["a ball", "-o", "p.png", "--report", "p.png"], ["--output and --report both name p.png"]),
+        (["a ball", "--animation", "x.gif", "--report", "x.gif"], ["--animation and --report both name x.gif"]),
+        (
+            ["a ball", "--batch", "2", "-o", "b.png", "--report", "b-1.png"],
+            ["picture 1 and --report both name b-1.png"],
+        ),
+        (["a ball", "--report", "/dev/null"], ["/dev/null", "no regular file"]),
+        (["a ball", "--image", "no.png"], ["--image no.png: there is no such file"]),
+        (["a ball", "--image", __file__], ["--image", "is not a picture that can be read"]),
+        (["a ball", "--mask", "m.png"], ["--mask is of a picture to start from", "--image"]),
+        (["a ball", "--strength", "0.5"], ["--strength is of a picture to start from", "--image"]),
+        (["a ball", "--strength", "1.5"], ["--strength", "from 0 to 1"]),
+        (["a ball \udcff"], ["bytes that are no text", "UTF-8"]),
         (["a ball", "--window", "1"], ["window is 1 cells"]),
         (["a ball", "--width", "200"], ["multiple of 16", "192 or 208"]),
         (["a ball", "-o", "/nowhere/x.png"], ["cannot write /nowhere/x.png"]),
@@ -101,10 +125,50 @@ def test_a_missing_part_is_named(tmp_path, lost, words):
         check_folder(tmp_path)
 
 
-def test_a_broken_index_is_named(tmp_path):
-    (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(ValueError, match="is not valid JSON"):
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[1]", "must hold an object"),
+        ("7", "must hold an object"),
+        ('{"rolling": 1}', '"rolling" in'),
+        ('{"vae": [], "rolling": null}', '"vae" in'),
+    ],
+    ids=["broken", "deep", "list", "number", "card", "part"],
+)
+def test_a_broken_index_is_named(tmp_path, content, words):
+    (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(ValueError, match=words) as caught:
         check_folder(tmp_path)
+    assert "model_index.json" in str(caught.value)
+
+
+def test_a_file_with_an_equals_sign_in_its_name_is_one_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my=style.safetensors").touch()
+    assert lora("my=style.safetensors") == ("my=style.safetensors", 1.0)
+    assert lora("my=style.safetensors=0.5") == ("my=style.safetensors", 0.5)
+    assert lora("other.safetensors=0.5") == ("other.safetensors", 0.5)
+    assert lora("some/hub") == ("some/hub", 1.0)
+
+
+@pytest.mark.parametrize("words", [["--negative-prompt", "-blurry"], ["--negative-prompt=-blurry"]])
+def test_a_negative_prompt_may_begin_with_a_dash(words):
+    values = make_parser().strict(["generate", "a ball", *words, "--steps", "3"])
+    assert (values.negative_prompt, values.steps, values.prompt) == ("-blurry", 3, "a ball")
+
+
+def test_an_option_is_not_taken_for_a_negative_prompt(capsys):
+    assert "--negative-prompt expected one argument" in refused(capsys, "a ball", "--negative-prompt", "--steps", "3")
+
+
+def test_a_mask_of_another_size_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 32)).save("photo.png")
+    Image.new("L", (32, 32)).save("mask.png")
+    error = refused(capsys, "a ball", "--image", "photo.png", "--mask", "mask.png")
+    assert "--mask is of 32 × 32 pixels, and must be as large as --image, 64 × 32" in error
 
 
 def test_settings_of_a_picture_need_a_prompt_too(capsys, tmp_path):
@@ -127,3 +191,29 @@ def test_unknown_words_are_found_once_and_in_order():
     assert unknown_words(tokenizer, "A Red dragon, a ball; a dragon at 7") == ["dragon", "at", "7"]
     assert unknown_words(tokenizer, "a red ball") == []
     assert known_words(tokenizer) == ["a", "ball", "red"]
+
+
+def test_words_that_become_nothing_are_unknown():
+    from rolling_diffusion.train.export import tokenizers
+
+    _, tokenizer = tokenizers()
+    assert unknown_words(tokenizer, "красный шар, 赤いボール 🎈 3 red balls — 7!") == [
+        *("красный", "шар", "赤いボール", "🎈", "7")
+    ]
+
+
+def test_what_is_cut_off_is_found_with_and_without_offsets():
+    tokenizer = word_tokenizer()
+    text = "a red ball, a red ball"
+    assert cut_off(tokenizer, text, 5) == "red ball" and cut_off(tokenizer, text, 7) == ""
+
+    class Slow:
+        """A tokenizer that does not know where its tokens were."""
+
+        is_fast = False
+        num_special_tokens_to_add, decode = tokenizer.num_special_tokens_to_add, tokenizer.decode
+
+        def __call__(self, text, add_special_tokens):
+            return tokenizer(text, add_special_tokens=add_special_tokens)
+
+    assert cut_off(Slow(), text, 5) == "red ball"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from rolling_diffusion.cli import generate, main
-from rolling_diffusion.cli.files import read_settings
-from rolling_diffusion.cli.model import EMBEDDED_FOLDER
+from rolling_diffusion.cli import animation, generate, main
+from rolling_diffusion.cli.files import read_record
+from rolling_diffusion.cli.main import make_parser
+from rolling_diffusion.cli.model import card_of, locate
 from rolling_diffusion.core.plan import make_plan
-from rolling_diffusion.defaults import Card
+from rolling_diffusion.world.render import render
+from rolling_diffusion.world.scene import random_scene
 
 TINY = ("--width", "64", "--height", "64", "--steps", "3", "--device", "cpu")
 PROMPT = "a red house left of a blue boat"
@@ -52,32 +55,68 @@ def pixels(file) -> np.ndarray:
 def test_a_picture_can_be_made_again_from_itself(here, model, capsys):
     said = ("--order", "spiral-out", "--seed", "5", "--persistence", "0.5", "--sampler", "dpmpp_2m", "--cfg", "2")
     assert main(["generate", PROMPT, *TINY, *said, "--model", model, "-o", "one.png"]) == 0
-    assert main(["generate", "--from", "one.png", "-o", "two.png"]) == 0
+    assert main(["generate", "--from", "one.png", "--model", model, "-o", "two.png"]) == 0
     assert pixels("one.png").shape == (64, 64, 3) and pixels("one.png").std() > 0
     assert np.array_equal(pixels("one.png"), pixels("two.png"))
-    assert read_settings("one.png") == read_settings("two.png")
-    assert main(["generate", "--from", "one.png", "--seed", "6", "-o", "three.png"]) == 0
+    assert read_record("one.png") == read_record("two.png")
+    assert main(["generate", "--from", "one.png", "--model", model, "--seed", "6", "-o", "three.png"]) == 0
     assert not np.array_equal(pixels("one.png"), pixels("three.png"))
     assert sorted(f.name for f in here.iterdir()) == ["one.png", "three.png", "two.png"]
     assert capsys.readouterr().out.split() == ["one.png", "two.png", "three.png"]
 
 
-def test_every_setting_is_in_the_picture_but_what_fits_the_canvas(here, model):
+def test_every_setting_is_in_the_picture_and_resolved(here, model):
     main(["generate", PROMPT, *TINY, "--model", model, "-o", "one.png"])
-    settings = read_settings("one.png")
-    assert settings.keys() == generate.DEFAULTS.keys() | {"version"}
-    assert settings["dtype"] == "float32" and settings["cfg"] == 2.5 and settings["width"] == 64
-    assert all(settings[name] is None for name in ("window", "overlap", "draft", "lookahead"))
-    assert main(["generate", "--from", "one.png", "--steps", "2", "-o", "two.png"]) == 0  # a draft of 1, not of 2
+    kept = read_record("one.png")
+    assert kept["said"] == {"prompt": PROMPT, "width": 64, "height": 64, "steps": 3, "seed": 0, "model": "tiny"}
+    assert kept["fitted"].keys() | kept["said"].keys() | kept["machine"].keys() == {*generate.SETTINGS}
+    assert kept["machine"] == {"device": "cpu", "dtype": "float32", "cpu_offload": None}
+    assert kept["fitted"]["cfg"] == 2.5 and kept["fitted"]["window"] == 4
 
 
 def test_each_picture_of_a_batch_can_be_made_alone(here, model):
     main(["generate", PROMPT, *TINY, "--seed", "8", "--batch", "2", "--model", model])
-    name = "a-red-house-left-of-a-blue-boat-8"
-    assert sorted(f.name for f in here.iterdir()) == [f"{name}-1.png", f"{name}-2.png"]
+    name = "a-red-house-left-of-a-blue-boat"
+    assert sorted(f.name for f in here.iterdir()) == [f"{name}-8.png", f"{name}-9.png"]
     main(["generate", PROMPT, *TINY, "--seed", "9", "--model", model, "-o", "alone.png"])
-    assert np.array_equal(pixels(f"{name}-2.png"), pixels("alone.png"))
-    assert not np.array_equal(pixels(f"{name}-1.png"), pixels("alone.png"))
+    assert np.array_equal(pixels(f"{name}-9.png"), pixels("alone.png"))
+    assert not np.array_equal(pixels(f"{name}-8.png"), pixels("alone.png"))
+
+
+def test_a_second_run_leaves_the_picture_of_the_first(here, model, capsys):
+    for order in ("raster", "spiral-out"):
+        assert main(["generate", "a red ball", *TINY, "--order", order, "--model", model]) == 0
+    assert capsys.readouterr().out.split() == ["a-red-ball-0.png", "a-red-ball-0-2.png"]
+    assert read_record("a-red-ball-0.png")["said"]["order"] == "raster"
+    assert read_record("a-red-ball-0-2.png")["said"]["order"] == "spiral-out"
+
+
+def test_a_batch_goes_on_where_the_terminal_cannot_show_its_names(here, model, monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert main(["generate", "красный шар", *TINY, "--batch", "2", "--model", model]) == 0
+    assert sorted(f.name for f in here.iterdir()) == ["красный-шар-0.png", "красный-шар-1.png"]
+    assert screen.buffer.getvalue().splitlines()[1].endswith(b"-1.png")
+
+
+def test_a_picture_is_not_lost_where_its_folder_goes_while_it_is_drawn(here, model, monkeypatch, capsys):
+    (here / "out").mkdir()
+    (here / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(here / "tmp"))
+    real = generate.draw
+
+    def draw(*call):
+        (here / "out").rmdir()
+        return real(*call)
+
+    monkeypatch.setattr(generate, "draw", draw)
+    assert main(["generate", PROMPT, *TINY, "--model", model, "-o", "out/one.png"]) == 1
+    error = capsys.readouterr().err
+    assert error == (
+        "rolling-diffusion: cannot write out/one.png: No such file or directory; "
+        f"it is kept at {here / 'tmp' / 'one.png'}\n"
+    )
+    assert pixels(here / "tmp" / "one.png").shape == (64, 64, 3)
 
 
 def test_the_animation_grows_in_order_and_ends_in_the_picture(here, model):
@@ -101,23 +140,23 @@ def test_the_animation_shows_a_block_as_far_as_its_noise_lets_it_show():
     checks = np.kron(np.indices((64, 16)).sum(0) % 2, np.ones((4, 4)))[..., None] * np.full(3, 255)
     image = Image.fromarray(checks.astype(np.uint8))
     done, some, much, _ = plan.blocks
-    seen = np.asarray(generate.unveiled(image, plan, {done: 0.0, some: 0.2, much: 0.8})).astype(float)
+    seen = np.asarray(animation.unveiled(image, plan, {done: 0.0, some: 0.2, much: 0.8})).astype(float)
     assert np.array_equal(seen[:32], checks[:32])  # finished: as it is, but for the soft edge of its successor
     contrast = [seen[64 * i + 24 : 64 * i + 40, 16:48].std() for i in range(4)]
     assert contrast[0] > 2 * contrast[1] > 4 * contrast[2] and contrast[2] < 3
     assert abs(seen[144:176].mean() - 127.5) < 3  # blurred, not dimmed
-    assert (seen[192:] == generate.PAPER).all()
+    assert (seen[192:] == animation.PAPER).all()
 
 
 def test_a_block_that_came_and_went_between_two_kept_frames_is_not_left_blank(here, model, monkeypatch):
     kept = []
-    monkeypatch.setattr(generate, "MOST_FRAMES", 2)
-    monkeypatch.setattr(generate, "save_animation", lambda path, frames: kept.extend(frames))
+    monkeypatch.setattr(animation, "MOST_FRAMES", 2)
+    monkeypatch.setattr(generate, "save_animation", lambda path, frames: kept.extend(frames) or path)
     apart = ("--lag", "autoregressive", "--draft", "0", "--animation", "one.gif")
     assert main(["generate", PROMPT, *TINY, *apart, "--model", model, "-o", "one.png"]) == 0
     second, third, last = np.split(np.asarray(kept[1])[16:], 3)  # at tick 6 of 12: two strips done, the third begun
-    assert not (second == generate.PAPER).all(-1).any() and not (third == generate.PAPER).all(-1).all()
-    assert (last == generate.PAPER).all()
+    assert not (second == animation.PAPER).all(-1).any() and not (third == animation.PAPER).all(-1).all()
+    assert (last == animation.PAPER).all()
 
 
 def test_heun_s_plan_counts_its_ticks(here, model):
@@ -143,8 +182,70 @@ def test_unknown_words_are_warned_of_with_those_that_are_known(here, model, caps
     assert capsys.readouterr().err == ""
 
 
+def test_words_that_the_model_makes_nothing_of_are_named(here, model, capsys):
+    assert main(["generate", "a red boat, 3 🎈 «шар» 7 — ボール.", *TINY, "--model", model, "-o", "one.png"]) == 0
+    assert "does not know '🎈', 'шар', '7', 'ボール'." in capsys.readouterr().err
+
+
+def test_what_is_cut_off_a_prompt_is_named(here, model, capsys):
+    long = "a red house " * 10 + "and a blue boat, and a green tree at night"
+    assert main(["generate", long, *TINY, "--negative-prompt", "a kite", "--model", model, "-o", "one.png"]) == 0
+    error = capsys.readouterr().err
+    assert error == (
+        "warning: this model reads 32 tokens of a prompt, and not its end: 'a blue boat, and a green tree at night'\n"
+    )
+    assert main(["generate", PROMPT, *TINY, "--model", model, "-o", "two.png"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_picture_to_start_from_is_kept_as_far_as_strength_and_mask_say(here, capsys):
+    photo = render(random_scene(np.random.default_rng(0), 128, 128))
+    Image.fromarray(photo).save("photo.png")
+    Image.fromarray(np.repeat(np.uint8([[0], [255]]), 64, 0).repeat(128, 1)).save("mask.png")
+    start = ("--image", "photo.png", "--device", "cpu", "--steps", "6")
+    for name, more in {
+        "weak": ("--strength", "0.2"),
+        "strong": ("--strength", "0.95"),
+        "masked": ("--mask", "mask.png", "--strength", "0.95"),
+    }.items():
+        assert main(["generate", PROMPT, *start, *more, "-o", f"{name}.png"]) == 0
+    found = {name: pixels(f"{name}.png").astype(float) for name in ("weak", "strong", "masked")}
+    error = {name: np.abs(image - photo).mean() for name, image in found.items()}
+    assert error["weak"] < 0.5 * error["strong"], error
+    halves = [np.abs(found["masked"] - photo)[rows].mean() for rows in (slice(0, 56), slice(72, 128))]
+    assert halves[0] < 0.5 * halves[1], halves
+    again = (*start[2:], "-o", "again.png")
+    assert main(["generate", "--from", "masked.png", *again]) == 0
+    assert np.array_equal(pixels("again.png"), pixels("masked.png"))
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_pipeline_does_not_take_is_named(here):
+    class Textless:
+        parameters = ("prompt",)
+        pipe = None
+
+    Image.new("RGB", (64, 64)).save("photo.png")
+    job = generate.prepare(make_parser().strict(["generate", "a boat", "--negative-prompt", "ugly"]))
+    with pytest.raises(ValueError, match="--negative-prompt is not for NoneType, which takes no negative_prompt"):
+        generate.draw(Textless(), job.settings, job)  # pyright: ignore[reportArgumentType]
+
+
+def test_weights_that_are_not_finite_are_one_sentence(here, model, capsys):
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(model, here / "broken")
+    file = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    next(iter(state.values())).fill_(float("nan"))
+    save_file(state, file, {"format": "pt"})
+    assert main(["generate", PROMPT, *TINY, "--model", str(broken)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "vae of" in error and "that is not finite" in error
+
+
 def test_stopping_leaves_no_file(here, model, monkeypatch, capsys):
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "save_animation", stop)
@@ -154,16 +255,13 @@ def test_stopping_leaves_no_file(here, model, monkeypatch, capsys):
     assert "stopped" in capsys.readouterr().err
 
 
-def test_samplers_and_schedulers_are_the_pipeline_s():
+def test_the_defaults_are_the_embedded_models_card():
+    from rolling_diffusion.defaults import Card
     from rolling_diffusion.pipeline import SAMPLERS, SPACINGS
-
-    assert (*SAMPLERS, *SPACINGS) == (*generate.SAMPLERS, *generate.SCHEDULERS)
-
-
-def test_what_training_writes_is_the_embedded_models_card(model):
     from rolling_diffusion.train.export import CARD
 
-    assert Card.in_folder(model) == Card.of(CARD) == Card.in_folder(EMBEDDED_FOLDER)
+    assert card_of(locate("embedded")) == Card.of(CARD)
+    assert (*SAMPLERS, *SPACINGS) == (*generate.SAMPLERS, *generate.SCHEDULERS)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
@@ -199,7 +297,7 @@ def test_a_lora_acts_by_its_strength_and_is_recorded(here, model):
         assert main(["generate", PROMPT, *TINY, "--model", model, *lora, "-o", f"{file}.png"]) == 0
     assert np.array_equal(pixels("none.png"), pixels("off.png"))
     assert not np.array_equal(pixels("none.png"), pixels("on.png"))
-    assert main(["generate", "--from", "on.png", "-o", "again.png"]) == 0
+    assert main(["generate", "--from", "on.png", "--model", model, "-o", "again.png"]) == 0
     assert np.array_equal(pixels("on.png"), pixels("again.png"))
 
 
@@ -214,7 +312,10 @@ def test_evaluate_prints_a_table_and_writes_its_numbers(here, model, capsys):
         )
         row = next(line for line in out.splitlines() if line.startswith(f"| {way} "))
         assert f"{scores[way]['score']:.3f}" in row
-    assert scores["about"]["prompts"] == 6 and scores["about"]["height"] == 64
+    about = scores["about"]
+    assert about["prompts"] == 6 and about["height"] == 64 and about["model"] == "tiny"
+    assert main(["evaluate", "--width", "160000000"]) == 2
+    assert "of memory, and this machine has" in capsys.readouterr().err
 
 
 def test_train_refuses_what_it_cannot_do(here, capsys):

@@ -63,13 +63,20 @@ def test_a_way_of_sampling_overrules_what_all_have_in_common(pipe):
 
 
 def test_tokenizers_give_the_ids_that_were_trained(pipe):
-    texts = ["A red ball, and a BLUE star!", "", "zebra left of " * 20]
+    texts = ["A red ball, and a BLUE star!", "", "zebra left of " * 20, "3 kites, 2 boats, 12 stars, 7 trees, 1st ball"]
     for tokenizer, fresh, expected in zip(
         (pipe.tokenizer, pipe.tokenizer_2), tokenizers(), (clip_tokens(texts), t5_tokens(texts))
     ):
         for one in (tokenizer, fresh):
             ids = one(texts, padding="max_length", max_length=32, truncation=True, return_tensors="pt").input_ids
             assert torch.equal(ids, expected)
+
+
+def test_a_digit_is_read_as_its_name_where_the_model_knows_it(pipe):
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        for digits, words in {"3 red balls": "three red balls", "1 ball, 2 stars": "one ball two stars"}.items():
+            assert tokenizer(digits).input_ids == tokenizer(words).input_ids
+        assert tokenizer("7 balls").input_ids == tokenizer("12 balls").input_ids == tokenizer("balls").input_ids
 
 
 def test_the_autoencoder_keeps_what_the_detectors_need(pipe):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 pytest.importorskip("diffusers")
 
@@ -174,6 +175,31 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("harm", ["cut", "foreign", "unsaid", "none"])
+def test_a_damaged_checkpoint_is_named_in_one_sentence(vae, source, tmp_path, harm):
+    def stages():
+        yield "text", lambda path: train_text(path, 1, batch=2, log=lambda _: None)
+        yield "decoder", lambda path: train_decoder(vae, path, 1, batch=2, pool=2, log=lambda _: None)
+        model = new_transformer()
+        yield "uniform", lambda path: train(model, Questions(model), source, path, "uniform", 0, log=lambda _: None)
+
+    for name, stage in stages():
+        path = tmp_path / f"{name}.safetensors"
+        stage(path)
+        if harm == "cut":
+            path.write_bytes(path.read_bytes()[:-100])
+        elif harm == "foreign":
+            write(path, {"model/x": torch.zeros(1)}, step=1, seconds=1.0)
+        elif harm == "unsaid":
+            save_file({"model/x": torch.zeros(1)}, path)
+        else:
+            stage(path)  # whole: it is taken up again
+            continue
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors is damaged, or no checkpoint") as caught:
+            stage(path)
+        assert "\n" not in str(caught.value)
+
+
 def test_an_exported_model_can_be_trained_further(vae, tmp_path):
     transformer, encoders = new_transformer(), new_encoders()
     export(tmp_path / "model", transformer, *encoders, vae, rolling=True)
@@ -190,6 +216,10 @@ def test_an_exported_model_can_be_trained_further(vae, tmp_path):
     assert torch.equal(linear_encoder(again_vae)[0], linear_encoder(vae)[0])
     with pytest.raises(ValueError, match="holds no vae"):
         parts(tmp_path)
+    (tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"model (is not whole|cannot be loaded): ") as caught:
+        parts(tmp_path / "model")
+    assert "\n" not in str(caught.value)
 
 
 def test_sample_grids_show_the_averaged_weights_and_leave_training_as_it_was(vae, source, tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ from diffusers.models.transformers.transformer_flux import apply_rotary_emb
 from torch import Tensor
 from torch.nn import functional as F
 
-from rolling_diffusion.models.flux import RollingFluxTransformer2DModel
+from rolling_diffusion.core.memory import View
+from rolling_diffusion.models.call import Levels, run
+from rolling_diffusion.models.flux import Flux
 
 CONFIG: dict[str, Any] = {
     "patch_size": 1,
@@ -26,15 +28,31 @@ CONFIG: dict[str, Any] = {
 CHANNELS = 4  # of a cell; a token holds 2×2
 
 
-def models(guidance: bool = False, seed: int = 0) -> tuple[FluxTransformer2DModel, RollingFluxTransformer2DModel]:
-    """A stock model and a rolling one with the same random weights."""
+def model(guidance: bool = False, seed: int = 0) -> FluxTransformer2DModel:
+    """A small Flux with random weights."""
     torch.manual_seed(seed)
-    stock = FluxTransformer2DModel(**CONFIG, guidance_embeds=guidance).eval()
-    for parameter in stock.parameters():  # nothing at its initial 0 or 1, so that nothing is tested by accident
+    made = FluxTransformer2DModel(**CONFIG, guidance_embeds=guidance).eval()
+    for parameter in made.parameters():  # nothing at its initial 0 or 1, so that nothing is tested by accident
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    rolling = RollingFluxTransformer2DModel(**CONFIG, guidance_embeds=guidance).eval()
-    rolling.load_state_dict(stock.state_dict())
-    return stock, rolling
+    return made
+
+
+def rolling(
+    model: FluxTransformer2DModel,
+    call: dict,
+    timestep: Tensor,
+    index: Tensor | None = None,
+    memory: View | None = None,
+    keep: dict | None = None,
+    text_level: str = "max",
+    tokens: Tensor | None = None,
+    size: tuple[int, int] = (8, 6),
+) -> Tensor:
+    """A rolling call on `inputs`: timestep (B, levels), index (tokens,); keep takes (key, value) of each layer."""
+    tokens = torch.arange(call["hidden_states"].shape[1]) if tokens is None else tokens
+    sink = None if keep is None else lambda layer, *kv: keep.__setitem__(layer, kv)
+    levels = Levels.of(timestep, index, text_level)
+    return run(Flux(model), model, call, tokens, size, levels, memory, sink)[0]
 
 
 def grid(rows: int, columns: int) -> Tensor:
@@ -78,7 +96,7 @@ def per_token_flux(
         return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k = (apply_rotary_emb(t, rope, sequence_dim=1) for t in (q, k))
+        q, k = (torch.cat([apply_rotary_emb(r[None], p, sequence_dim=1) for r, p in zip(t, ropes)]) for t in (q, k))
         if bias is not None:
             q, k, v = (t.flatten(0, 1)[None] for t in (q, k, v))
             logits = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5 + bias
@@ -90,7 +108,8 @@ def per_token_flux(
         return x.unflatten(-1, (-1, CONFIG["attention_head_dim"]))
 
     te_i, te_t = temb(image_t), temb(text_t.expand(-1, call["txt_ids"].shape[0]))
-    rope = model.pos_embed(torch.cat([call["txt_ids"], call["img_ids"]]))
+    places = call["img_ids"].expand(len(call["hidden_states"]), -1, -1)  # the same for all samples, or each its own
+    ropes = [model.pos_embed(torch.cat([call["txt_ids"], ids])) for ids in places]
     x, c = model.x_embedder(call["hidden_states"]), model.context_embedder(call["encoder_hidden_states"])
     t = c.shape[1]
     for b in model.transformer_blocks:

@@ -1,18 +1,15 @@
-"""Tiny random Flux pipelines with every part, for the tests of the pipeline room."""
+"""A tiny random FluxPipeline with every part, so that prompts are words."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from tiny_flux import CONFIG, models
+from tiny_flux import CONFIG, model
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as token_models
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-from rolling_diffusion.pipeline import RollingFluxPipeline
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "a", "red", "blue", "ball", "boat", "tree", "ugly"]
 LENGTH = 8
@@ -61,17 +58,15 @@ def parts(guidance: bool = False, dynamic: bool = True) -> dict[str, Any]:
         "tokenizer": tokenizer("</s>", "<s>"),
         "text_encoder_2": T5EncoderModel(t5).eval(),
         "tokenizer_2": tokenizer("<pad>"),
-        "transformer": models(guidance)[0],
+        "transformer": model(guidance),
     }
 
 
-def pipelines(guidance: bool = False, dynamic: bool = True) -> tuple[FluxPipeline, RollingFluxPipeline]:
-    """A stock pipeline and a rolling one with the same random weights, not shared."""
-    made = parts(guidance, dynamic)
-    pair = FluxPipeline(**copy.deepcopy(made)), RollingFluxPipeline(**made)
-    for pipe in pair:
-        pipe.set_progress_bar_config(disable=True)
-    return pair
+def pipeline(guidance: bool = False, dynamic: bool = True) -> FluxPipeline:
+    """A silent pipeline with random weights; the same ones in every call."""
+    pipe = FluxPipeline(**parts(guidance, dynamic))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def call(pipe: Any, seed: int = 1, **changes: Any) -> Any:

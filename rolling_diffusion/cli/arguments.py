@@ -17,6 +17,9 @@ def nearest(word: str, names: Collection[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+TEXTS = ("--negative-prompt",)  # options whose value may begin with a dash
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one sentence on stderr and exit code 2; no abbreviated options."""
 
@@ -27,9 +30,14 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument (\S+): ", r"\1 ", message)
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def strict(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    def strict(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses everything; an option or a word too many is named, with the nearest option that exists."""
-        values, rest = self.parse_known_args(argv)
+        words: list[str] = []
+        for word in argv:
+            if words and words[-1] in TEXTS and re.match("-[^-]", word):
+                word = f"{words.pop()}={word}"
+            words.append(word)
+        values, rest = self.parse_known_args(words)
         if not rest:
             return values
         home: Parser = getattr(values, "parser", self)
@@ -51,15 +59,21 @@ def name_in(names: Collection[str]) -> Callable[[str], str]:
     return named
 
 
-def whole_number(low: int = 0) -> Callable[[str], int]:
-    """Type of an option that takes a whole number of at least `low`."""
+def whole_number(low: int = 0, high: int | None = None) -> Callable[[str], int]:
+    """Type of an option that takes a whole number of at least `low`, and of at most `high`."""
 
     def number(text: str) -> int:
-        if re.fullmatch(r"[+-]?\d+", text) and int(text) >= low:
+        # A number of thousands of digits is refused unread, as Python itself would.
+        if re.fullmatch(r"[+-]?\d{1,1000}", text) and low <= int(text) and (high is None or int(text) <= high):
             return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text!r}")
+        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"must be a whole number {allowed}, not {text[:60]!r}")
 
     return number
+
+
+LAST_SEED = 2**64 - 1  # of torch's generators
+seed = whole_number(0, LAST_SEED)
 
 
 def decimal(low: float, high: float = math.inf) -> Callable[[str], float]:

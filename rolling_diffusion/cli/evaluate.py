@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 from .. import __version__
-from .arguments import Parser, decimal, name_in, whole_number
+from .arguments import Parser, decimal, name_in, seed, whole_number
 from .files import check_target, save_json
-from .model import DTYPES, EMBEDDED, device_named, load, locate
-from .settings import check_side
+from .model import DTYPES, EMBEDDED, base_name, card_of, device_named, load, locate
+from .settings import check_room, check_side
 
 
 def add_options(parser: Parser) -> None:
@@ -20,7 +20,7 @@ def add_options(parser: Parser) -> None:
     )
     add("--prompts", type=whole_number(6), default=240, metavar="N", help="over the six tasks (default: 240)")
     add("--held-out", type=whole_number(0), default=0, metavar="N", help="more, of pairs never trained (default: 0)")
-    add("--seed", type=whole_number(0), default=0, metavar="N", help="of the prompts (default: 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of the prompts (default: 0)")
     add("--steps", type=whole_number(1), metavar="N", help="(default: the model's own)")
     add("--cfg", type=decimal(0), metavar="SCALE", help="(default: the model's own)")
     add("--draft", type=whole_number(0), metavar="N", help="steps before the blocks part (default: the model's own)")
@@ -29,7 +29,7 @@ def add_options(parser: Parser) -> None:
     what = "more ways: memory (each kind on and off), or all (also lags, drafts, noise levels; the default)"
     add("--study", nargs="?", const="all", type=name_in(("all", "memory")), metavar="WHICH", help=what)
     add("--batch", type=whole_number(1), default=8, metavar="N", help="pictures at a time (default: 8)")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
     add("--dtype", type=name_in(DTYPES), default="auto", metavar="NAME", help=f"{', '.join(DTYPES)} (default: auto)")
     add("--json", type=Path, metavar="FILE", help="every number, for programs")
 
@@ -44,6 +44,8 @@ def run(values: argparse.Namespace) -> int:
         check_side(side, common[side])
     device = device_named(values.device)
     folder = locate(values.model)
+    own = card_of(folder).size
+    check_room(common.get("width", own), common.get("height", own))
     from tqdm import tqdm
 
     from ..evaluation import MEMORY, STUDY, WAYS, evaluate, table
@@ -71,12 +73,12 @@ def run(values: argparse.Namespace) -> int:
     print(table(report))
     if values.json is not None:
         about = {name: getattr(values, name) for name in ("model", "prompts", "held_out", "seed", "batch")}
+        about["model"] = base_name(values.model)
         about |= common | {
             "device": device,
-            "dtype": str(pipeline.dtype).removeprefix("torch."),
+            "dtype": str(pipeline.pipe.dtype).removeprefix("torch."),
             "version": __version__,
         }
         about["seconds"] = round(time.perf_counter() - started, 1)
-        save_json(values.json, {**report, "about": about})
-        print(f"\n{values.json}")
+        print(f"\n{save_json(values.json, {**report, 'about': about})}")
     return 0

@@ -1,150 +1,187 @@
-"""Files: written whole or not at all, with the settings that made them."""
+"""Files: written whole or not at all; what cannot be written where it was to be is kept elsewhere."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import psutil
 from PIL import Image, PngImagePlugin
 
 KEY = "rolling-diffusion"  # the PNG text chunk that holds the settings, as JSON
-ANIMATIONS = (".gif", ".webp", ".mp4")
+PLACES = (tempfile.gettempdir, Path.home, Path.cwd)  # where a file is kept that cannot be written where it was to be
+PART = re.compile(r"\..+\.(\d+)\.part")  # of a file that is being written, with the process that writes it
+
+
+class Unwritten(Exception):
+    """A file that could not be written to its place: why, and where it is kept."""
 
 
 def check_target(path: Path, suffixes: Sequence[str] = ()) -> None:
     """ValueError if `path` could not be written later: asked before any work is done."""
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f"{path} must end in {' or '.join(suffixes)}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file in it")
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"cannot write {path}: the file is read-only")
+    target = _through(path)
     try:
-        _part(path).touch()
-        _part(path).unlink()
+        if target.is_dir():
+            raise ValueError(f"{path} is a folder: name a file in it")
+        if not target.parent.is_dir():
+            raise ValueError(f"cannot write {path}: there is no folder {target.parent}")
+        if target.exists() and not target.is_file():
+            raise ValueError(f"cannot write {path}: it is no regular file")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise ValueError(f"cannot write {path}: the file is read-only")
+        _sweep(target.parent)
+        _part(target).touch()
+        _part(target).unlink()
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        raise ValueError(f"cannot write {str(path)[:300]}: {error.strerror}") from None
+
+
+def check_apart(targets: Mapping[str, Path | None]) -> None:
+    """ValueError if two of the named targets are one file."""
+    seen: dict[Path, str] = {}
+    for name, path in targets.items():
+        if path is None:
+            continue
+        target = Path(os.path.normcase(_through(path)))
+        if target in seen:
+            raise ValueError(f"{seen[target]} and {name} both name {path}: give each a file of its own")
+        seen[target] = name
+
+
+def free(path: Path) -> Path:
+    """`path`, or with -2, -3 and so on after its name, the first that is no file yet."""
+    return next(p for p in _alternatives(path) if not os.path.lexists(p))
+
+
+def put(path: Path, write: Callable[[Path], object], fresh: bool = False) -> Path:
+    """Has `write` fill a file, which then takes its place at `path`, whole; returns the place.
+
+    fresh: where there is a file by then, the next free name is taken, instead of replacing it. Unwritten, where the
+    place cannot be written to any more, says where the file is kept instead.
+    """
+    try:
+        return _put(path, write, fresh)
+    except OSError as error:
+        why = f"cannot write {path}: {_reason(error)}"
+    for folder in PLACES:
+        try:
+            kept = _put(Path(folder()) / path.name, write, fresh=True)
+        except (OSError, RuntimeError):  # RuntimeError: no home
+            continue
+        raise Unwritten(f"{why}; it is kept at {kept}")
+    raise Unwritten(f"{why}; and there is no other place to keep it")
+
+
+def _put(path: Path, write: Callable[[Path], object], fresh: bool) -> Path:
+    target = path if fresh else _through(path)
+    part = _part(target)
+    try:
+        write(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        if fresh:
+            path = target = _claim(path)
+        os.replace(part, target)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    return path
+
+
+def _claim(path: Path) -> Path:
+    """Makes an empty file of the first free name, so that no other run takes it."""
+    for name in _alternatives(path):
+        with suppress(FileExistsError):
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            return name
+    raise AssertionError("unreachable")
+
+
+def _alternatives(path: Path):
+    yield path
+    for number in count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _through(path: Path) -> Path:
+    """What `path` leads to: links stay links, and the files that they name are written."""
+    return Path(os.path.realpath(path))
 
 
 def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes its place at `path` when the block ends well, and leaves nothing behind otherwise."""
-    part = _part(path)
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+@cache
+def _sweep(folder: Path) -> None:
+    """Removes what processes that were killed while writing have left in a folder; once in a run."""
+    with suppress(OSError):  # a folder may be written to, but not listed
+        for name in os.listdir(folder):
+            found = PART.fullmatch(name)
+            if found and not psutil.pid_exists(int(found[1])):
+                (folder / name).unlink()
 
 
-def save_json(path: Path, content: Any) -> None:
-    with whole(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error).partition("\n")[0] or type(error).__name__
 
 
-def save_png(path: Path, image: Image.Image, settings: dict[str, Any] | None = None) -> None:
-    """A PNG; `settings` go into a text chunk that `read_settings` finds again."""
+def save_json(path: Path, content: Any) -> Path:
+    return put(path, lambda part: part.write_bytes(_json(content, indent=2) + b"\n"))
+
+
+def save_png(path: Path, image: Image.Image, record: dict[str, Any] | None = None, fresh: bool = False) -> Path:
+    """A PNG; `record` goes into a text chunk that `read_record` finds again."""
     info = PngImagePlugin.PngInfo()
-    if settings is not None:
-        info.add_itxt(KEY, json.dumps(settings, ensure_ascii=False))
-    with whole(path) as file:
-        image.save(file, format="PNG", pnginfo=info)
+    if record is not None:
+        info.add_itxt(KEY, _json(record).decode())
+    return put(path, lambda part: image.save(part, format="PNG", pnginfo=info), fresh)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a PNG that `generate` made; ValueError if there are none."""
+def _json(content: Any, indent: int | None = None) -> bytes:
+    # Of a file's name that is no valid text, the odd bytes are written as JSON's own escapes.
+    return json.dumps(content, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `save_png` recorded in a PNG; ValueError if there is nothing. The picture may be of any size."""
     try:
-        with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(KEY)
+        with open(path, "rb") as file:
+            # Not Image.open: it refuses large pictures, and only the chunks before the pixels are wanted.
+            text = PngImagePlugin.PngImageFile(file).info.get(KEY)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
-    except OSError:
-        raise ValueError(f"{path} is not a picture that can be read") from None
-    settings = None
-    if text is not None:
-        try:
-            settings = json.loads(text)
-        except ValueError:
-            settings = None
-    if not isinstance(settings, dict):
+    except Exception:  # whatever a damaged file makes of the reader
+        raise ValueError(f"{path} is not a PNG picture that can be read") from None
+    try:
+        record = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
         raise ValueError(f"{path} holds no settings of rolling-diffusion: only pictures made by generate do")
-    return settings
+    return record
 
 
-def find_ffmpeg() -> str:
-    """The ffmpeg program, from imageio-ffmpeg or the system; ValueError if there is none."""
+def read_picture(path: Path, option: str, mode: str) -> Image.Image:
+    """A picture of the user's, upright; ValueError if it is none."""
+    from PIL import ImageOps
+
     try:
-        import imageio_ffmpeg  # pyright: ignore[reportMissingImports]
-
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except (ImportError, RuntimeError):
-        found = shutil.which("ffmpeg")
-    if found is None:
-        raise ValueError("mp4 needs ffmpeg: run pip install imageio-ffmpeg, or choose a .gif or .webp animation")
-    return found
-
-
-def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0, hold: float = 1.5) -> None:
-    """Frames of one size as GIF, WebP or MP4, by suffix: about `seconds` long, the last frame held for `hold` more."""
-    each = min(0.2, max(0.04, seconds / len(frames)))
-    kind = path.suffix.lower()
-    if kind == ".mp4":
-        _save_mp4(path, [*frames, *[frames[-1]] * round(hold / each)], 1 / each)
-        return
-    milliseconds = [round(1000 * each)] * (len(frames) - 1) + [round(1000 * hold)]
-    options: dict[str, Any] = {"save_all": True, "duration": milliseconds, "loop": 0}
-    if kind == ".webp":
-        options |= {"quality": 85, "method": 4}
-    if kind == ".gif":
-        frames = [_dithered(frame) for frame in frames]
-    with whole(path) as file:
-        frames[0].save(file, format=kind[1:].upper(), append_images=list(frames[1:]), **options)
-
-
-def _dithered(frame: Image.Image) -> Image.Image:
-    """In 256 colours, small spots of colour among them, and without bands in soft gradients."""
-    palette = frame.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1)
-    return frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
-
-
-def _save_mp4(path: Path, frames: Sequence[Image.Image], rate: float) -> None:
-    width, height = frames[0].size
-    part = _part(path)
-    command = [find_ffmpeg(), "-y", "-loglevel", "error"]
-    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{rate:g}", "-i", "-"]
-    command += [
-        "-c:v",
-        "libx264",
-        "-pix_fmt",
-        "yuv420p",
-        "-crf",
-        "18",
-        "-movflags",
-        "+faststart",
-        "-f",
-        "mp4",
-        str(part),
-    ]
-    try:
-        raw = b"".join(frame.convert("RGB").tobytes() for frame in frames)
-        done = subprocess.run(command, input=raw, capture_output=True)
-        if done.returncode:
-            raise ValueError(f"ffmpeg could not write {path}: {done.stderr.decode(errors='replace').strip()[-200:]}")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert(mode)
+    except FileNotFoundError:
+        raise ValueError(f"{option} {path}: there is no such file") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"{option} {path} has too many pixels: take a smaller picture") from None
+    except Exception:
+        raise ValueError(f"{option} {path} is not a picture that can be read") from None

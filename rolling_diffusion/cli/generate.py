@@ -6,24 +6,25 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..defaults import Card
-from .arguments import Parser, decimal, name_in, whole_number
-from .files import ANIMATIONS, check_target, find_ffmpeg, read_settings, save_animation, save_json, save_png
-from .model import DTYPES, EMBEDDED, QUANTIZERS, device_named, known_words, load, locate, lora, unknown_words
-from .settings import CELL, PLAN_DEFAULTS, add_plan_options, complete, plan_of
+from .animation import SUFFIXES, Film, check_mp4, save_animation
+from .arguments import LAST_SEED, Parser, decimal, name_in, whole_number
+from .files import check_apart, check_target, free, read_picture, save_json, save_png
+from .model import DTYPES, EMBEDDED, QUANTIZERS, card_of, device_named, load, locate, lora, resolved, warnings_of
+from .replay import changed, record, replayed
+from .settings import CELL, PLAN_DEFAULTS, TOKEN, add_plan_options, check_room, complete, fitted, plan_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..core.order import Block
     from ..core.plan import Plan
-    from ..pipeline import RollingFluxPipeline
+    from ..defaults import Card
+    from ..pipeline import Rolling, Tick
 
 # As the pipeline names them; written down here, so that a misspelled one is found before diffusers is imported.
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "lcm")
@@ -32,32 +33,46 @@ DEFAULTS: dict[str, Any] = {
     **PLAN_DEFAULTS,
     "prompt": None,
     "negative_prompt": "",
+    "image": None,
+    "mask": None,
+    "strength": None,
     "cfg": None,
     "sampler": "euler",
     "scheduler": "simple",
     "model": EMBEDDED,
+    "variant": None,
     "device": "auto",
     "dtype": "auto",
     "cpu_offload": None,
     "lora": None,
     "quantize": None,
 }
-PAPER = (243, 240, 232)
-BLUR = 0.75 * CELL  # pixels, at equal powers of picture and noise: about what is finer than where their spectra meet
-MOST_FRAMES = 30  # of an animation; a longer run is sampled evenly
+SETTINGS = tuple(DEFAULTS)
 
 
 def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes")
-    add("-o", "--output", type=Path, metavar="FILE.png", help="(default: named after the prompt and the seed)")
-    add("--from", dest="again", type=Path, metavar="FILE.png", help="use the settings in a picture made by generate")
+    add("-o", "--output", type=Path, metavar="FILE.png", help="(default: a free name, of the prompt and the seed)")
+    add(
+        "--from",
+        dest="again",
+        type=Path,
+        metavar="FILE.png",
+        help="say again what was said for a picture made by generate",
+    )
     add("--negative-prompt", metavar="TEXT", help="what to keep away from")
+    add("--image", type=Path, metavar="FILE", help="a picture to start from")
+    add("--mask", type=Path, metavar="FILE", help="of that picture: white is drawn anew, black stays")
+    add(
+        "--strength", type=decimal(0, 1), metavar="S", help="how much of it is drawn anew (default: the pipeline's own)"
+    )
     add("--cfg", type=decimal(0), metavar="SCALE", help="how closely to follow the prompt (default: the model's own)")
     add("--sampler", type=name_in(SAMPLERS), metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: euler)")
     add("--scheduler", type=name_in(SCHEDULERS), metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: simple)")
     add("--model", metavar="MODEL", help="a folder, a checkpoint file or a hub id (default: embedded)")
-    add("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add("--variant", metavar="NAME", help="of the model's weights, such as fp16")
+    add("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
     add("--dtype", type=name_in(DTYPES), metavar="NAME", help=f"{', '.join(DTYPES)} (default: auto)")
     idle, layers = "keep idle parts of the model off the GPU", "keep all but one layer off the GPU: least memory, slow"
     add("--cpu-offload", dest="cpu_offload", action="store_const", const="model", help=idle)
@@ -72,156 +87,190 @@ def add_options(parser: Parser) -> None:
     add_plan_options(parser)
 
 
-def run(values: argparse.Namespace) -> int:
-    """Everything that can be refused is refused before the model is loaded, and most of it before diffusers is."""
-    recorded = read_settings(values.again) if values.again else {}
-    name = values.model or recorded.get("model", EMBEDDED)
-    prompt = values.prompt or recorded.get("prompt") or ""
-    if not prompt.strip():
-        raise ValueError('a prompt is needed: rolling-diffusion generate "a red ball above a blue boat"')
-    outputs = targets(values, prompt, recorded.get("seed", 0) if values.seed is None else values.seed)
-    folder = locate(name)
-    card = Card.in_folder(folder)
-    settings = complete(values, recorded, DEFAULTS, card)
-    plan = plan_of(settings, card)
-    settings["device"] = device_named(values.device or recorded.get("device", "auto"))
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, all of it checked. settings: every number; said: the names of those that the user said."""
 
+    settings: dict[str, Any]
+    said: frozenset[str]
+    plan: Plan
+    card: Card
+    folder: str
+    outputs: list[Path]
+    image: Image.Image | None
+    mask: Image.Image | None
+
+
+def run(values: argparse.Namespace) -> int:
+    job = prepare(values)
+    settings = job.settings
     started = time.perf_counter()
-    options = {"cpu_offload": settings["cpu_offload"] or False, "quantize": settings["quantize"]}
-    pipeline = load(folder, settings["device"], settings["dtype"], lora=dict(settings["lora"] or ()), **options)
-    settings["dtype"] = str(pipeline.dtype).removeprefix("torch.")
-    settings["cfg"] = pipeline.card.cfg if settings["cfg"] is None else settings["cfg"]
-    warn(pipeline, settings)
+    pipeline = load(
+        job.folder,
+        settings["device"],
+        settings["dtype"],
+        variant=settings["variant"],
+        cpu_offload=settings["cpu_offload"] or False,
+        lora=dict(settings["lora"] or ()),
+        quantize=settings["quantize"],
+        start=None if job.image is None else "image" if job.mask is None else "mask",
+    )
     loaded = time.perf_counter() - started
+    if pipeline.card != job.card:  # a model without a card of ours has defaults of its own
+        job = prepare(values, pipeline.card)
+    settings = job.settings | resolved(pipeline, job.settings)
+    for warning in warnings_of(pipeline, settings["prompt"], settings["negative_prompt"]):
+        print(f"warning: {warning}", file=sys.stderr)
+    for note in notes(values, job, settings):
+        print(f"note: {note}", file=sys.stderr)
 
     pictures = []
-    for number, output in enumerate(outputs):
+    for number, output in enumerate(job.outputs):
         one = settings | {"seed": settings["seed"] + number}
-        frames: list[Image.Image] | None = [] if values.animation and number == 0 else None
+        film = Film(job.plan) if values.animation and number == 0 else None
         started = time.perf_counter()
-        image = draw(pipeline, one, plan, frames)
+        image = draw(pipeline, one, job, film)
         seconds = time.perf_counter() - started
-        save_png(output, image, one | {"version": __version__})
-        if frames is not None:
-            save_animation(values.animation, [*frames, image])
-        pictures.append({"file": str(output), "seed": one["seed"], "seconds": round(seconds, 3)})
-        print(output)
-    if values.animation:
-        print(values.animation)
+        file = save_png(output, image, record(job.said, one), fresh=values.output is None)
+        print(file)
+        pictures.append({"file": str(file), "seed": one["seed"], "seconds": round(seconds, 3)})
+        if film is not None:
+            print(save_animation(values.animation, [*film.frames, image]))
     if values.report:
-        save_json(values.report, report(settings, plan, pipeline, pictures, loaded))
-        print(values.report)
+        print(save_json(values.report, report(settings, job, pictures, loaded)))
     return 0
 
 
+def notes(values: argparse.Namespace, job: Job, settings: dict[str, Any]) -> Iterator[str]:
+    """What is not as it was, or not as it was given."""
+    if job.image is not None and job.image.size != (settings["width"], settings["height"]):
+        size = f"{job.image.width} × {job.image.height} pixels"
+        yield f"--image is of {size}, and is scaled to {settings['width']} × {settings['height']}"
+    if values.again:
+        for name, (old, new) in changed(values.again, values, settings).items():
+            yield f"{values.again} was made with {name} {old}, and is now made with {new}, as the default has changed"
+
+
+def prepare(values: argparse.Namespace, card: Card | None = None) -> Job:
+    """Refuses everything that can be: before the model is loaded, and most of it before diffusers is.
+
+    card: the model's, once it is loaded; before, what its folder tells.
+    """
+    again = replayed(values.again, values, SETTINGS) if values.again else {}
+    said = {name: value for name, value in vars(values).items() if name in SETTINGS and value is not None} | again
+    prompt, name, first = said.get("prompt", ""), said.get("model", EMBEDDED), said.get("seed", 0)
+    if not prompt.strip():
+        raise ValueError('a prompt is needed: rolling-diffusion generate "a red ball above a blue boat"')
+    for text in (prompt, said.get("negative_prompt", "")):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError("the prompt holds bytes that are no text in this terminal's encoding: write it in UTF-8")
+    if first + values.batch - 1 > LAST_SEED:
+        raise ValueError(f"--seed {first} leaves no seeds for --batch {values.batch}: the last one is {LAST_SEED}")
+    outputs = targets(values, prompt, first)
+    image, mask = pictures_of(said)
+    if image is not None:  # a side that is not said is its own, or the nearest that there is
+        again = {"width": nearest_side(image.width), "height": nearest_side(image.height), **again}
+    folder = locate(name)
+    card = card or card_of(folder)
+    settings = complete(values, again, DEFAULTS, card)
+    check_room(settings["width"], settings["height"])
+    plan = plan_of(settings, card)
+    settings = fitted(settings, plan, card) | {"device": device_named(values.device or "auto")}
+    return Job(settings, frozenset({*said, "seed"}), plan, card, folder, outputs, image, mask)
+
+
 def targets(values: argparse.Namespace, prompt: str, seed: int) -> list[Path]:
-    """The files to write, one per picture of the batch; all of them, and those beside them, are checked."""
-    words = "-".join(re.findall(r"\w+", prompt.lower()))[:60].strip("-")
-    first = values.output or Path(f"{words or 'picture'}-{seed}.png")
-    outputs = [first]
-    if values.batch > 1:
-        outputs = [first.with_name(f"{first.stem}-{i + 1}{first.suffix}") for i in range(values.batch)]
-    for output in outputs:
-        check_target(output, (".png",))
+    """The files to write, one per picture of the batch; all of them, and those beside them, are checked.
+
+    A name that was given is written to; one that was not is of the prompt and the seed, and of no file that exists.
+    """
+    words = "-".join(re.findall(r"\w+", prompt.lower()))[:60].encode()[:120].decode(errors="ignore").strip("-")
+    outputs: list[Path] = []
+    for number in range(values.batch):
+        if values.output is None:
+            outputs.append(free(Path(f"{words or 'picture'}-{seed + number}.png")))
+        elif values.batch == 1:
+            outputs.append(values.output)
+        else:
+            outputs.append(values.output.with_name(f"{values.output.stem}-{number + 1}{values.output.suffix}"))
+        check_target(outputs[-1], (".png",))
     if values.animation:
-        check_target(values.animation, ANIMATIONS)
+        check_target(values.animation, SUFFIXES)
         if values.animation.suffix.lower() == ".mp4":
-            find_ffmpeg()
+            check_mp4()
     if values.report:
         check_target(values.report)
+    pictures = {f"picture {number}" if values.batch > 1 else "--output": p for number, p in enumerate(outputs, 1)}
+    check_apart({**pictures, "--animation": values.animation, "--report": values.report})
     return outputs
 
 
-def warn(pipeline: RollingFluxPipeline, settings: dict[str, Any]) -> None:
-    """Names the words that the model has never seen, and those that it has."""
-    text = f"{settings['prompt']} {settings['negative_prompt']}"
-    unknown = unknown_words(pipeline.tokenizer_2, text)
-    if unknown:
-        print(f"warning: this model does not know {', '.join(map(repr, unknown))}. It knows:", file=sys.stderr)
-        print(" ".join(known_words(pipeline.tokenizer_2)), file=sys.stderr)
+def pictures_of(said: dict[str, Any]) -> tuple[Image.Image | None, Image.Image | None]:
+    """The picture to start from, and its mask."""
+    for name in ("mask", "strength"):
+        if name in said and "image" not in said:
+            raise ValueError(f"--{name} is of a picture to start from: name it with --image")
+    image = read_picture(said["image"], "--image", "RGB") if "image" in said else None
+    mask = read_picture(said["mask"], "--mask", "L") if "mask" in said else None
+    if image is not None and mask is not None and image.size != mask.size:
+        sizes = [f"{picture.width} × {picture.height}" for picture in (mask, image)]
+        raise ValueError(f"--mask is of {sizes[0]} pixels, and must be as large as --image, {sizes[1]}")
+    return image, mask
 
 
-def unveiled(image: Image.Image, plan: Plan, levels: Mapping[Block, float]) -> Image.Image:
-    """The picture as far as its noise lets it show: finished blocks sharp, others blurred by their noise (0 to 1).
-
-    Blocks without a level are left as bare paper.
-
-    The model's guess shows detail that noise still hides and later steps may change. A picture's spectrum falls as 1/f²
-    and that of noise is flat: they meet at a wavelength in proportion to σ / (1 - σ), and what is finer is blurred.
-    """
-    from PIL import Image, ImageDraw, ImageFilter
-
-    def area(blocks: Iterable[Block]) -> Image.Image:
-        mask = Image.new("L", image.size)
-        for block in blocks:
-            top, left = block.top * CELL, block.left * CELL
-            edges = (left, top, left + block.width * CELL - 1, top + block.height * CELL - 1)
-            ImageDraw.Draw(mask).rectangle(edges, fill=255)
-        return mask
-
-    seen = image
-    for level in sorted({*levels.values()}, reverse=True):
-        radius = min(BLUR * level / max(1 - level, 0.01), min(image.size) / 4)
-        soft = area(block for block in levels if levels[block] <= level).filter(ImageFilter.GaussianBlur(CELL))
-        seen = Image.composite(image.filter(ImageFilter.GaussianBlur(radius)), seen, soft)
-    seen.paste(PAPER, mask=area(block for block in plan.blocks if block not in levels))
-    return seen
+def nearest_side(pixels: int) -> int:
+    side = CELL * TOKEN
+    return max(side, round(pixels / side) * side)
 
 
-def draw(
-    pipeline: RollingFluxPipeline, settings: dict[str, Any], plan: Plan, frames: list[Image.Image] | None
-) -> Image.Image:
-    """One picture; `frames` collects pictures of it as it appears."""
+def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | None = None) -> Image.Image:
+    """One picture; `film` is shown every frame."""
     import torch
     from tqdm import tqdm
 
-    levels: dict[Block, float] = {}
-    bar = tqdm(total=plan.ticks, unit="call", leave=False, disable=None)
+    start = {"image": job.image, "mask_image": job.mask, "strength": settings["strength"]}
+    start = {name: value for name, value in start.items() if value is not None}
+    if settings["negative_prompt"]:
+        start["negative_prompt"] = settings["negative_prompt"]
+    for name in start:
+        if name not in pipeline.parameters:
+            option = {"mask_image": "--mask"}.get(name, f"--{name.replace('_', '-')}")
+            raise ValueError(f"{option} is not for {type(pipeline.pipe).__name__}, which takes no {name}: leave it out")
+    # What was not said is fitted by the same rules once more: to the steps that a picture to start from leaves, too.
+    fit = {name: settings[name] for name in ("window", "overlap", "draft", "lookahead") if name in job.said}
+    blocks = job.plan.blocks
+    bar = tqdm(total=job.plan.ticks, unit="call", leave=False, disable=None)
 
-    def on_frame(frame) -> None:
-        bar.total = frame.total
-        bar.update(frame.tick + 1 - bar.n)
-        together = len(frame.blocks) == len(plan.blocks)
-        bar.set_description("all blocks" if together else f"block {frame.blocks[0].index + 1} of {len(plan.blocks)}")
-        if frames is None:
-            return
-        # In every tick: a block may come and go between two frames that are kept. Blocks finish in their order.
-        levels.update(dict.fromkeys(plan.blocks[: frame.blocks[0].index], 0.0))
-        levels.update(zip(frame.blocks, frame.sigmas))
-        if frame.tick % max(1, -(-frame.total // MOST_FRAMES)) == 0:
-            frames.append(unveiled(pipeline.preview(frame), plan, levels))
+    def on_tick(tick: Tick) -> None:
+        bar.total = tick.total
+        bar.update(tick.number + 1 - bar.n)
+        together = len(tick.blocks) == len(blocks)
+        bar.set_description("all blocks" if together else f"block {tick.blocks[0].index + 1} of {len(blocks)}")
+        if film is not None:
+            film.add(tick, pipeline.preview)
 
     with bar:
         images, *_ = pipeline(
             prompt=settings["prompt"],
-            negative_prompt=settings["negative_prompt"] or None,
             width=settings["width"],
             height=settings["height"],
             num_inference_steps=settings["steps"],
             cfg=settings["cfg"],
             order=settings["order"],
-            window=plan.window,
-            overlap=plan.overlap,
+            **fit,
             attention_persistence=settings["persistence"],
-            draft=settings["draft"],
-            lookahead=plan.lookahead,
             lag=settings["lag"],
             sampler=settings["sampler"],
             scheduler_sigmas=settings["scheduler"],
             generator=torch.Generator("cpu").manual_seed(settings["seed"]),
-            on_frame=on_frame,
+            on_tick=on_tick,
             return_dict=False,
+            **start,
         )
     return images[0]
 
 
-def report(
-    settings: dict[str, Any],
-    plan: Plan,
-    pipeline: RollingFluxPipeline,
-    pictures: list[dict[str, Any]],
-    loaded: float,
-) -> dict[str, Any]:
+def report(settings: dict[str, Any], job: Job, pictures: list[dict[str, Any]], loaded: float) -> dict[str, Any]:
     """What was made, from what, at what cost."""
     import diffusers
     import torch
@@ -230,9 +279,9 @@ def report(
         "version": __version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "settings": settings,
-        "plan": asdict(plan),
-        "cost": asdict(plan.cost(pipeline.card.max_sequence_length)),
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
+        "plan": asdict(job.plan),
+        "cost": asdict(job.plan.cost(job.card.max_sequence_length)),
         "load_seconds": round(loaded, 3),
         "pictures": pictures,
     }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from .. import __version__
 from . import evaluate, generate, plan, train
 from .arguments import Parser, fail, nearest
+from .files import Unwritten
 
 COMMANDS = {
     "generate": (generate, "draw a picture from a prompt"),
@@ -33,11 +36,35 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program; returns its exit code: 0, 1 out of memory, 2 after bad input, 130 after Ctrl-C.
+    """Runs the program; returns its exit code: 0, 1 where the machine failed it, 2 after bad input, 130 after Ctrl-C.
 
-    Where the reader of its output has left, as `head` does, it ends quietly with 1.
+    The machine fails it where memory or a disk is full, or where what it prints can't be taken. A reader who has
+    left, as `head` does, is told nothing.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    closed = sys.stdout is None
+    open_streams()
+    try:
+        code = command(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        mute()
+        return 1
+    except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            mute()
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"cannot read or write: {where}{error.strerror or error}")
+        return 1
+    if closed and code == 0:
+        fail("what it printed is lost: its output is closed")
+        return 1
+    return code
+
+
+def command(argv: list[str]) -> int:
     parser = make_parser()
     if not argv:
         parser.print_help()
@@ -46,19 +73,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"there is no command {argv[0]!r}{nearest(argv[0], COMMANDS)}: choose from {', '.join(COMMANDS)}")
     try:
         values = parser.strict(argv)
-        code = values.run(values)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes, and fails, once more
-        return 1
+        return values.run(values)
     except ValueError as error:
         return fail(str(error))
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # named, not imported: most commands never need torch
-            raise
+    except Unwritten as error:
         fail(str(error))
         return 1
+    except (MemoryError, RuntimeError) as error:
+        # Named, not imported: most commands never need torch. Its allocator of main memory has no error of its own.
+        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        fail(
+            str(error) if type(error).__name__ == "OutOfMemoryError" else "Out of memory: a smaller canvas needs less."
+        )
+        return 1
+    except SystemExit as stop:  # of argparse: its help, or its errors
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         print("rolling-diffusion: stopped", file=sys.stderr)
         return 130
+
+
+def open_streams() -> None:
+    """Has what the terminal cannot show spelled in letters that it can, and a closed stream swallow what it is told."""
+    codecs.register_error("rolling-diffusion", spell)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (as long as the program)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="rolling-diffusion")
+
+
+def spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end].translate({ord("×"): "x", ord("–"): "-"})
+    return letters.encode("ascii", "backslashreplace").decode(), error.end
+
+
+def mute() -> None:
+    """Has stdout lead nowhere: or Python would flush it, and fail, once more."""
+    with suppress(OSError, ValueError):  # of a stream that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

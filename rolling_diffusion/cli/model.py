@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import re
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..defaults import Card
+
 if TYPE_CHECKING:
-    from ..pipeline import RollingFluxPipeline
+    from ..pipeline import Rolling
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded"
@@ -20,23 +24,45 @@ FILES = (".safetensors", ".sft", ".gguf")
 QUANTIZERS = ("bnb-4bit", "bnb-8bit", "int8", "fp8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PARTS_WITHOUT_WEIGHTS = ("tokenizer", "tokenizer_2", "scheduler")
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+MOST_WORDS = 200  # of a vocabulary that is shown whole
 
 
 def locate(name: str) -> str:
     """A folder, a checkpoint file or a hub id for `name`; ValueError if a local one is missing or not whole."""
-    path = EMBEDDED_FOLDER if name == EMBEDDED else Path(name).expanduser()
+    if not name.strip():
+        raise ValueError("--model is empty: name a folder, a file or a hub id, or leave it out for the embedded model")
+    if name == EMBEDDED and not EMBEDDED_FOLDER.is_dir():
+        raise ValueError("the embedded model is missing from this installation: install the package again")
+    path = EMBEDDED_FOLDER if name == EMBEDDED else found(name)
+    if path is None:
+        if REPOSITORY.fullmatch(name) and Path(name).suffix not in FILES:
+            return name
+        raise ValueError(f"--model {name[:60]}: there is no such folder or file")
     if path.is_dir():
         check_folder(path)
-        return str(path)
-    if path.is_file():
-        if path.suffix not in FILES:
-            raise ValueError(f"--model {name} must be a folder, or a file that ends in {' or '.join(FILES)}")
-        return str(path)
-    if name == EMBEDDED:
-        raise ValueError("the embedded model is missing from this installation: install the package again")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(".") or path.suffix in FILES:
-        raise ValueError(f"--model {name}: there is no such folder or file")
-    return name
+    elif path.suffix not in FILES:
+        raise ValueError(f"--model {name} must be a folder, or a file that ends in {' or '.join(FILES)}")
+    return str(path)
+
+
+def found(name: str, *folders: Path) -> Path | None:
+    """The file or folder of that name, here or in `folders`; None if there is none."""
+    for folder in (Path(), *folders):
+        try:
+            path = folder / Path(name).expanduser()
+            if name and path.exists():
+                return path
+        except (OSError, RuntimeError, ValueError):  # a name too long, ~ of an unknown user, a name with a zero byte
+            pass
+    return None
+
+
+def base_name(name: str) -> str:
+    """A name without the folders around it: where a file lies on one machine tells another one nothing, and tells of
+    its user. A hub id stays whole."""
+    path = None if name == EMBEDDED else found(name)
+    return name if path is None else path.resolve().name
 
 
 def check_folder(folder: Path) -> None:
@@ -44,12 +70,12 @@ def check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{folder} is not a model folder: it has no model_index.json")
-    try:
-        parts = json.loads(index.read_text())
-    except ValueError:
-        raise ValueError(f"{index} is not valid JSON") from None
-    for part, kind in parts.items():
-        if part.startswith("_") or not (isinstance(kind, list) and kind[0]):
+    for part, kind in read_index(index).items():
+        if part.startswith("_") or not isinstance(kind, list):
+            continue
+        if len(kind) != 2:
+            raise ValueError(f'"{part}" in {index} must be a library and a class, not {kind!r}')
+        if kind[0] is None:
             continue
         if not (folder / part).is_dir():
             raise ValueError(f"the model folder {folder} has no {part} folder, which its model_index.json names")
@@ -60,28 +86,85 @@ def check_folder(folder: Path) -> None:
             raise ValueError(f"{part} in the model folder {folder} has no weights")
 
 
+def read_index(index: Path) -> dict[str, Any]:
+    """What a model_index.json holds: the parts of a model, and perhaps its card."""
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise ValueError(f"{index} is not valid JSON") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{index} must hold an object that names the parts of the model")
+    if not isinstance(entries.get("rolling"), (dict, type(None))):
+        raise ValueError(f'"rolling" in {index} is {entries["rolling"]!r}, and must be an object: the model\'s card')
+    return entries
+
+
 def device_named(name: str) -> str:
     """The device to use; "auto" takes a GPU where there is one. ValueError if it is unknown or absent."""
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count(),
+    }
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name} is unknown: take auto, cpu, cuda, cuda:1 or mps") from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= count.get(device.type, 1):
+        device = None
+    if device is None or device.type not in count:  # torch knows more, such as meta, which nothing can be drawn on
+        raise ValueError(f"--device {name[:60]} is unknown: take auto, cpu, cuda, cuda:1, mps or xpu")
+    if (device.index or 0) >= count[device.type]:
         raise ValueError(f"--device {name} is not on this machine: leave --device out, or take cpu")
     return name
 
 
 def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
-    """Words of the prompt that the tokenizer has no entry for, in order, each once."""
+    """Words of the prompt that the tokenizer has no entry for, or makes nothing of, in order, each once."""
     if getattr(tokenizer, "unk_token_id", None) is None:
         return []
-    words = dict.fromkeys(re.findall(r"\w+", prompt.lower()))
-    return [w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False).input_ids]
+    marks = "".join(
+        letter for letter in {*prompt} if unicodedata.category(letter)[0] in "PCZ"
+    )  # dashes, quotes, blanks
+    words = [word.strip(marks) for word in re.split(r"[\s!-/:-@[-`{-~]+", prompt.lower())]  # ASCII's punctuation parts
+
+    def unknown(word: str) -> bool:
+        ids = tokenizer(word, add_special_tokens=False).input_ids
+        return not ids or tokenizer.unk_token_id in ids
+
+    return [word for word in dict.fromkeys(words) if word and unknown(word)]
+
+
+def cut_off(tokenizer: Any, prompt: str, limit: int) -> str:
+    """The end of the prompt that does not fit into so many tokens; nothing if all of it does."""
+    room = max(0, limit - tokenizer.num_special_tokens_to_add())
+    fast = getattr(tokenizer, "is_fast", False)
+    tokens = tokenizer(prompt, add_special_tokens=False, **({"return_offsets_mapping": True} if fast else {}))
+    if len(tokens.input_ids) <= room:
+        return ""
+    return prompt[tokens.offset_mapping[room][0] :] if fast else tokenizer.decode(tokens.input_ids[room:])
+
+
+def warnings_of(pipeline: Rolling, *texts: str) -> list[str]:
+    """What the model will not read of its prompts: words that it does not know, and what is beyond its length."""
+    said = []
+    names = ("tokenizer_2", "tokenizer_3", "tokenizer")  # of the text that is attended to: Flux's, SD3's, and others'
+    tokenizer = next((t for name in names if (t := getattr(pipeline.pipe, name, None)) is not None), None)
+    limit = pipeline.card.max_sequence_length
+    if tokenizer is None:
+        return []
+    unknown = unknown_words(tokenizer, " ".join(texts))
+    if unknown:
+        known = known_words(tokenizer)
+        shown = f". It knows:\n{' '.join(known)}" if len(known) <= MOST_WORDS else ""
+        said.append(f"this model does not know {', '.join(map(repr, unknown))}{shown}")
+    for lost in (cut_off(tokenizer, text, limit).strip() for text in texts):
+        if lost:
+            said.append(f"this model reads {limit} tokens of a prompt, and not its end: {lost!r}")
+    return said
 
 
 def known_words(tokenizer: Any) -> list[str]:
@@ -90,30 +173,48 @@ def known_words(tokenizer: Any) -> list[str]:
     return sorted(w for w in tokenizer.get_vocab() if w not in special and w.isalpha())
 
 
-def load(folder: str, device: str, dtype: str, **options: Any) -> RollingFluxPipeline:
-    """The pipeline of a folder, a checkpoint file or a hub id, silent; `options` are those of `pipeline.load`."""
+def card_of(folder: str) -> Card:
+    """What a model is sampled with when nothing is said, as its folder tells; without a card, as FLUX.1-dev is."""
+    index = Path(folder) / "model_index.json"
+    return Card.of(read_index(index).get("rolling") if index.is_file() else None)
+
+
+def load(folder: str, device: str, dtype: str, **options: Any) -> Rolling:
+    """The pipeline of a folder, a checkpoint file or a hub id, rolled and silent; `options` are `pipeline.load`'s."""
     quiet()
     import torch
 
     from ..pipeline import load as read
+    from ..pipeline import roll
 
     with warnings.catch_warnings():
         # Releases of diffusers disagree about the name of dtype: all of them take torch_dtype, and the newest warn.
         warnings.simplefilter("ignore", FutureWarning)
         pipeline = read(folder, None if dtype == "auto" else getattr(torch, dtype), device, **options)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return roll(pipeline)
+
+
+def resolved(pipeline: Rolling, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that only a loaded model tells."""
+    cfg = pipeline.card.cfg if settings["cfg"] is None else settings["cfg"]
+    return {"dtype": str(pipeline.pipe.dtype).removeprefix("torch."), "cfg": cfg}
 
 
 def lora(text: str) -> tuple[str, float]:
     """Type of --lora: a file, a folder or a hub id, and after = a strength, 1 if there is none."""
     name, mark, strength = text.rpartition("=")
-    if not mark:
-        return text, 1.0
+    if not mark or found(text):  # a file may have = in its name
+        name, strength = text, "1"
     try:
-        return name, float(strength)
+        value = float(strength)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"takes NAME or NAME=STRENGTH, and {strength!r} is no number") from None
+        value = math.nan
+    if not name.strip():
+        raise argparse.ArgumentTypeError(f"takes NAME or NAME=STRENGTH, and {text!r} has no name")
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"takes NAME or NAME=STRENGTH, and {strength!r} is no number")
+    return name, value
 
 
 def quiet() -> None:

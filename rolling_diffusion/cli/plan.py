@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..core.plan import Plan, make_plan
-from ..defaults import Card
 from .arguments import Parser, whole_number
-from .files import check_target, save_json, save_png
-from .model import EMBEDDED, locate
-from .settings import PLAN_DEFAULTS, add_plan_options, complete, plan_of
+from .files import check_apart, check_target, save_json, save_png
+from .model import EMBEDDED, card_of, locate
+from .replay import record
+from .settings import PLAN_DEFAULTS, add_plan_options, complete, fitted, plan_of
 
 HEAD = ("", "calls", "tokens/call", "in motion", "visible", "evaluations", "of full")
 
@@ -19,32 +19,29 @@ HEAD = ("", "calls", "tokens/call", "in motion", "visible", "evaluations", "of f
 def add_options(parser: Parser) -> None:
     add_plan_options(parser)
     add = parser.add_argument
-    add(
-        "--model",
-        default=EMBEDDED,
-        metavar="MODEL",
-        help="whose own defaults fill in what is not said (default: embedded)",
-    )
+    add("--model", default=EMBEDDED, metavar="MODEL", help="whose habits fill in what is not said (default: embedded)")
     add("--text-tokens", type=whole_number(0), metavar="N", help="of the prompt (default: the model's own)")
     add("-o", "--output", type=Path, metavar="FILE.png", help="a picture of the plan")
     add("--json", type=Path, metavar="FILE", help="the plan and its cost, for programs")
 
 
 def run(values: argparse.Namespace) -> int:
-    card = Card.in_folder(locate(values.model))
+    card = card_of(locate(values.model))
     settings = complete(values, {}, PLAN_DEFAULTS, card)
     plan = plan_of(settings, card)
+    said = {name for name in settings if getattr(values, name, None) is not None}
     text_tokens = card.max_sequence_length if values.text_tokens is None else values.text_tokens
     if values.output is not None:
         check_target(values.output, (".png",))
     if values.json is not None:
         check_target(values.json)
+    check_apart({"--output": values.output, "--json": values.json})
     print(describe(plan, text_tokens))
     if values.output is not None:
         from ..picture import plan_picture
 
-        save_png(values.output, plan_picture(plan, text_tokens=text_tokens), settings)
-        print(f"\n{values.output}")
+        picture = plan_picture(plan, text_tokens=text_tokens)
+        print(f"\n{save_png(values.output, picture, record(said, fitted(settings, plan, card)))}")
     if values.json is not None:
         save_json(values.json, {"plan": asdict(plan), "cost": asdict(plan.cost(text_tokens))})
     return 0

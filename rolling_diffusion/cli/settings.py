@@ -8,7 +8,7 @@ from typing import Any
 from ..core.order import ORDERS
 from ..core.plan import Plan
 from ..defaults import EVERYWHERE, Card, plan_for
-from .arguments import Parser, decimal, name_in, number_or, whole_number
+from .arguments import Parser, decimal, name_in, number_or, seed, whole_number
 
 CELL, TOKEN = 8, 2  # pixels a cell, cells a token: Flux's, and the embedded model's
 PLAN_DEFAULTS: dict[str, Any] = {
@@ -59,7 +59,7 @@ def add_plan_options(parser: Parser) -> None:
     ticks = number_or("autoregressive", "ticks (0 is ordinary diffusion)")
     add("--lag", type=ticks, metavar="TICKS", help="ticks between blocks, or autoregressive (default: fits the window)")
     add("--persistence", type=decimal(0, 1), metavar="P", help="memory of finished blocks, 0 to 1 (default: 1)")
-    add("--seed", type=whole_number(0), metavar="N", help="of the noise, and of --order random (default: 0)")
+    add("--seed", type=seed, metavar="N", help="of the noise, and of --order random (default: 0)")
 
 
 def complete(
@@ -67,12 +67,9 @@ def complete(
 ) -> dict[str, Any]:
     """What was said, else what was recorded, else the default, for each of `defaults`; size and steps from the card.
 
-    What the plan fits to the canvas stays None. A recorded overlap or lookahead is not kept where the window it belongs
-    to was said anew.
+    What the plan fits to the canvas stays None.
     """
     said = {name: value for name, value in vars(values).items() if value is not None}
-    if said.keys() & {"window", "order", "width", "height"}:
-        recorded = {name: value for name, value in recorded.items() if name not in ("window", "overlap", "lookahead")}
     settings = {name: said.get(name, recorded.get(name, default)) for name, default in defaults.items()}
     for name, own in (("width", card.size), ("height", card.size), ("steps", card.steps)):
         settings[name] = own if settings[name] is None else settings[name]
@@ -88,6 +85,18 @@ def check_side(name: str, pixels: int) -> None:
         low = pixels // side * side
         nearby = f"{low} or {low + side}" if low else f"{side}"
         raise ValueError(f"--{name} is {pixels} pixels, and must be a multiple of {side}: take {nearby}")
+
+
+def check_room(width: int, height: int) -> None:
+    """ValueError if this machine cannot even hold the finished picture, of so many pixels."""
+    import psutil
+
+    need, there = (3 + 12) * width * height, psutil.virtual_memory().total  # as bytes, and as floats before
+    if need > there:
+        raise ValueError(
+            f"{width} × {height} pixels take at least {need / 2**30:,.0f} GiB of memory, and this machine has "
+            f"{there / 2**30:,.0f} GiB: take a smaller --width or --height"
+        )
 
 
 def plan_of(settings: dict[str, Any], card: Card) -> Plan:
@@ -108,3 +117,11 @@ def plan_of(settings: dict[str, Any], card: Card) -> Plan:
         multiple=TOKEN,
         calls_per_step=2 if settings.get("sampler") == "heun" else 1,
     )
+
+
+def fitted(settings: dict[str, Any], plan: Plan, card: Card) -> dict[str, Any]:
+    """The settings, with what the plan has fitted to the canvas in place of None."""
+    reach = EVERYWHERE if plan.lookahead is None else plan.lookahead
+    found = {"window": plan.window, "overlap": plan.overlap, "lookahead": reach}
+    found["draft"] = card.draft_steps(settings["steps"])
+    return settings | {name: value for name, value in found.items() if settings.get(name) is None}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..train import MINUTES, STAGES
 from ..train import run as train
-from .arguments import Parser, decimal, whole_number
+from .arguments import Parser, decimal, seed, whole_number
 from .model import device_named
 
 
@@ -21,7 +21,7 @@ def add_options(parser: Parser) -> None:
     for stage, steps in STAGES.items():
         add(f"--{stage}-steps", type=whole_number(1), default=steps, metavar="N", help=f"(default: {steps})")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (default: auto)")
-    add("--seed", type=whole_number(0), default=0, metavar="N", help="(default: 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="(default: 0)")
 
 
 def run(values: argparse.Namespace) -> int:

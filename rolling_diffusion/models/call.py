@@ -234,6 +234,11 @@ def run(
     and values of these tokens, layer by layer.
     """
     model = unwrapped(transformer)
+    if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
+        raise ValueError(
+            "gradient checkpointing computes blocks once more when the call is over, and they know no levels then: "
+            "call disable_gradient_checkpointing()"
+        )
     refs = family.references(request, *size)
     chosen = family.choose(request, tokens, *size)
     places = tokens.to(chosen["hidden_states"].device), *size

@@ -1,4 +1,4 @@
-"""Which family a model belongs to. To add one: a file with a subclass of `Family`, a line here, a model in the tests."""
+"""Which family a model belongs to. A new one is a file with a subclass of `Family`, a line here, and its tests."""
 
 from __future__ import annotations
 

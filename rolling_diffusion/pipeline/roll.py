@@ -44,10 +44,10 @@ class Rolling:
             raise ValueError(f"{type(pipe).__name__} has no transformer and scheduler that blocks could share")
         self.pipe = pipe
         self.family = family_of(pipe.transformer)
-        found = card_of(pipe) if card is None else card
-        self.card = found if isinstance(found, Card) else Card.of(found)
-        self.has_card = found is not None
         self.parameters = {n: p for n, p in inspect.signature(type(pipe).__call__).parameters.items() if n != "self"}
+        found = card_of(pipe) if card is None else card
+        self.has_card = found is not None
+        self.card = found if isinstance(found, Card) else Card.of(self._defaults() if found is None else found)
 
     @torch.no_grad()
     def __call__(
@@ -98,7 +98,7 @@ class Rolling:
         text_level = card.text_level if text_level is None else text_level
         noise = card.context_noise if context_noise is None else context_noise
         check_levels(text_level, noise)
-        guidance, words = decide(self.card if self.has_card else Card(), self.parameters, said, cfg, _distilled(model))
+        guidance, words = decide(self.card, self.parameters, said, cfg, _distilled(model))
         said |= words
         self._complete(said)
         generator = said.get("generator")
@@ -173,6 +173,14 @@ class Rolling:
         with torch.no_grad():
             pixels = self.family.decode(self.pipe, tick.latents[:1], *cells.shape[-2:])
         return self.pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+
+    def _defaults(self) -> dict[str, Any]:
+        """What the pipeline itself draws with when nothing is said, as the entries of a card."""
+        names = {"num_inference_steps": "steps", "max_sequence_length": "max_sequence_length"}
+        values = {ours: self.parameters[name].default for name, ours in names.items() if name in self.parameters}
+        if hasattr(self.pipe, "default_sample_size"):
+            values["size"] = self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        return {name: value for name, value in values.items() if isinstance(value, int) and value > 0}
 
     def _bound(self, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's arguments by name; ValueError that names one it does not take."""

@@ -206,13 +206,13 @@ class Run:
         whether the scheduler was asked for by name. place_memory: where a plan's memory is kept for so many rows.
         """
         self.pipe, self.family, self.make_plan, self.guidance = pipe, family, make_plan, guidance
-        self.seeds, self.named, self.text_level, self.context_noise = seeds, named, text_level, context_noise
+        self.named, self.text_level, self.context_noise = named, text_level, context_noise
         self.cap, self.place_memory, self.on_tick = cap, place_memory, on_tick
         self.transformer = pipe.transformer
         net = getattr(pipe, "controlnet", None)
         self.control = None if net is None else ControlNet(self, net)
         self.generated = seeds is not None
-        self.seeds = list(seeds) if seeds is not None else [torch.initial_seed()]
+        self.seeds: list[int] = [torch.initial_seed()] if seeds is None else list(seeds)
         self.scheduler: Any = None  # the stand-in
         self.height = self.width = 0
         self.steps: Any = None  # timesteps of the plan's steps

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,9 +24,20 @@ def write(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(path, "pt") as file:
+    with resuming(path), safe_open(path, "pt") as file:
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (no mapping, only its methods)
         return tensors, json.loads((file.metadata() or {})["facts"])
+
+
+@contextmanager
+def resuming(path: Path) -> Iterator[None]:
+    """ValueError, of one sentence, if the checkpoint at path is damaged or does not fit what is to be resumed."""
+    try:
+        yield
+    except (SafetensorError, KeyError, RuntimeError, ValueError, TypeError):
+        raise ValueError(
+            f"{path} is damaged, or no checkpoint of this training: delete it to begin its stage again"
+        ) from None
 
 
 def pack(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from ..models.flux import pack as pack_cells
 from ..world.caption import caption
 from ..world.render import render
 from ..world.scene import random_scene
-from .checkpoint import Average, load_optimiser, optimiser_state, pack, read, unpack, write
+from .checkpoint import Average, load_optimiser, optimiser_state, pack, read, resuming, unpack, write
 from .labels import Questions, labels
 from .text import embed
 from .vae import encode
@@ -248,12 +248,13 @@ def train(
     average, step, spent = Average(model, 0.998), 0, 0.0
     if path.exists():
         tensors, facts = read(path)
-        model.load_state_dict(unpack("model", tensors))
-        questions.load_state_dict(unpack("questions", tensors))
-        average.values, average.steps = unpack("average", tensors), facts["step"]
-        for i, opt in enumerate(opts):
-            load_optimiser(opt, unpack(f"optimiser{i}", tensors))
-        step, spent = facts["step"], facts["seconds"]
+        with resuming(path):
+            model.load_state_dict(unpack("model", tensors))
+            questions.load_state_dict(unpack("questions", tensors))
+            average.values, average.steps = unpack("average", tensors), facts["step"]
+            for i, opt in enumerate(opts):
+                load_optimiser(opt, unpack(f"optimiser{i}", tensors))
+            step, spent = facts["step"], facts["seconds"]
         source.rng, source.generator = np.random.default_rng(step), torch.Generator().manual_seed(step)
     model.train()
     started = time.time() - spent

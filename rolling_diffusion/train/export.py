@@ -14,6 +14,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
+from ..pipeline.loading import plainly
+from ..world.caption import ALONE, digits
 from .text import CLIP_IDS, LENGTH, T5_IDS
 
 CARD = {
@@ -29,11 +31,14 @@ SHIFT = 2.0  # of the noise levels, towards noise
 
 
 def word_tokenizer(ids: dict[str, int], start: str | None, end: str, pad: str) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are words: lower case, letters only, <unk> for words it does not know."""
+    """A tokenizer whose tokens are words: lower case, letters only, <unk> for words it does not know.
+
+    "3 balls" are "three balls": a digit is read as its name, where that is a word that it knows.
+    """
     tokenizer: Any = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z]+"), " "), normalizers.Strip()]
-    )
+    numbers = [normalizers.Replace(Regex(ALONE.format(digit)), name) for digit, name in digits(ids).items()]
+    letters = [normalizers.Replace(Regex("[^a-z]+"), " "), normalizers.Strip()]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *numbers, *letters])
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = [(token, ids[token]) for token in (start, end) if token]
     template = f"{start} $A {end}" if start else f"$A {end}"
@@ -97,10 +102,11 @@ def parts(folder: Path) -> tuple[AutoencoderTiny, tuple[T5EncoderModel, CLIPText
     for name in ("vae", "text_encoder", "text_encoder_2", "transformer"):
         if not (folder / name / "config.json").is_file():
             raise ValueError(f"{folder} holds no {name}: name a folder that training has written")
-    vae = AutoencoderTiny.from_pretrained(folder / "vae")
-    t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2").eval().requires_grad_(False)
-    clip = CLIPTextModel.from_pretrained(folder / "text_encoder").eval().requires_grad_(False)
-    return vae, (t5, clip), FluxTransformer2DModel.from_pretrained(folder / "transformer")
+    with plainly(str(folder)):
+        vae = AutoencoderTiny.from_pretrained(folder / "vae")
+        t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2").eval().requires_grad_(False)
+        clip = CLIPTextModel.from_pretrained(folder / "text_encoder").eval().requires_grad_(False)
+        return vae, (t5, clip), FluxTransformer2DModel.from_pretrained(folder / "transformer")
 
 
 def _edit(path: Path, **changes: Any) -> None:

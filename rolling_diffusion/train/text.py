@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from ..world.caption import TAG_SIZES, Caption, caption, split, vocabulary
 from ..world.scene import random_scene
-from .checkpoint import pack, read, unpack, write
+from .checkpoint import pack, read, resuming, unpack, write
 
 LENGTH = 32  # tokens of every prompt, padded; FluxPipeline's max_sequence_length for this model
 T5_SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -120,8 +120,9 @@ def train_text(
     t5, clip = new_encoders()
     if path.exists():
         tensors, _ = read(path)
-        t5.load_state_dict(unpack("t5", tensors), strict=False)
-        clip.load_state_dict(unpack("clip", tensors))
+        with resuming(path):
+            t5.load_state_dict(unpack("t5", tensors))
+            clip.load_state_dict(unpack("clip", tensors))
         return t5.eval().requires_grad_(False), clip.eval().requires_grad_(False)
     rng, heads, started = np.random.default_rng(seed + 1), Questions(), time.time()
     with torch.no_grad():  # T5 is made for large embeddings; small ones learn faster

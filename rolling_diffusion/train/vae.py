@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..world.render import render
 from ..world.scene import random_scene
-from .checkpoint import Average, load_optimiser, optimiser_state, pack, read, unpack, write
+from .checkpoint import Average, load_optimiser, optimiser_state, pack, read, resuming, unpack, write
 
 Log = Callable[[str], object]
 PATCH, CHANNELS, WIDTH = 8, 16, 64
@@ -137,10 +137,11 @@ def train_decoder(
     average, step, spent = Average(decoder, 0.998), 0, 0.0
     if path.exists():
         tensors, facts = read(path)
-        decoder.load_state_dict(unpack("model", tensors))
-        average.values, average.steps = unpack("average", tensors), facts["step"]
-        load_optimiser(optimiser, unpack("optimiser", tensors))
-        step, spent = facts["step"], facts["seconds"]
+        with resuming(path):
+            decoder.load_state_dict(unpack("model", tensors))
+            average.values, average.steps = unpack("average", tensors), facts["step"]
+            load_optimiser(optimiser, unpack("optimiser", tensors))
+            step, spent = facts["step"], facts["seconds"]
         rng = np.random.default_rng(seed + step)
     weight, bias = linear_encoder(vae)
     scenes = [(pictures(rng, 1)[0] * 255).byte() for _ in range(pool)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -35,6 +37,8 @@ GROUND_WORDS = {
     "sand": ("on sand", "on the beach", "in the desert"),
     "snow": ("in the snow", "on snow", "over snowy hills"),
 }
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ALONE = r"(?<![a-z0-9]){}(?![a-z0-9])"  # a digit that is a number by itself
 JOINTS = ("and", "and", "with", "next to")
 
 
@@ -69,14 +73,23 @@ class Caption:
 
 
 def split(text: str) -> list[str]:
-    """The words of a prompt as the tokenizers see them: lower case, letters only."""
-    return re.findall(r"[a-z]+", text.lower())
+    """The words of a prompt as the tokenizers see them: lower case, letters only, digits that it knows as words."""
+    text = text.lower()
+    for digit, word in digits(vocabulary()).items():
+        text = re.sub(ALONE.format(digit), word, text)
+    return re.findall(r"[a-z]+", text)
+
+
+def digits(words: Iterable[str]) -> dict[str, str]:
+    """The digits whose names are among the words, and those names."""
+    return {str(number): name for number, name in enumerate(NUMBERS) if name in words}
 
 
 def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
+@cache
 def vocabulary() -> list[str]:
     """Every word that the grammar can say, sorted."""
     phrases = [*OPENINGS, *JOINTS, *PLURAL, *PLURAL.values(), *COLOURS, *COUNT_WORDS.values(), "a", "an", "one"]

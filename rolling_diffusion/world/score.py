@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from .caption import caption
 from .detect import Found, detect
@@ -103,10 +105,8 @@ def judge_objects(prompt: Prompt, found: Sequence[Found], width: int, height: in
 
 def interval(right: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share."""
-    z, share = 1.96, right / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2)) / (1 + z * z / count)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = stats.binomtest(right, count).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def summary(verdicts: Sequence[Verdict]) -> dict:
@@ -134,30 +134,25 @@ def summary(verdicts: Sequence[Verdict]) -> dict:
     }
 
 
-def difference(
-    a: Sequence[Verdict], b: Sequence[Verdict], seed: int = 0, draws: int = 2000
-) -> tuple[float, float, float]:
+def difference(a: Sequence[Verdict], b: Sequence[Verdict]) -> tuple[float, float, float]:
     """(mean, low, high) of a's share of right pictures minus b's, on the same prompts; 95 % by bootstrap."""
     gap = np.array([x.right for x in a], float) - np.array([x.right for x in b], float)
-    return _bootstrap(lambda picks: gap[picks].mean(1), len(gap), seed, draws)
+    return _bootstrap(lambda gap, axis: gap.mean(axis), gap)
 
 
-def more_invented(
-    a: Sequence[Verdict], b: Sequence[Verdict], seed: int = 0, draws: int = 2000
-) -> tuple[float, float, float]:
+def more_invented(a: Sequence[Verdict], b: Sequence[Verdict]) -> tuple[float, float, float]:
     """(difference, low, high) of a's share of invented objects minus b's, likewise."""
 
-    def share(verdicts: Sequence[Verdict], picks: np.ndarray) -> np.ndarray:
-        counts = np.array([(v.invented, v.found) for v in verdicts])[picks].sum(1)
-        return counts[:, 0] / np.maximum(counts[:, 1], 1)
+    def gap(*counts: np.ndarray, axis: int) -> np.ndarray:
+        invented_a, found_a, invented_b, found_b = (c.sum(axis) for c in counts)
+        return invented_a / np.maximum(found_a, 1) - invented_b / np.maximum(found_b, 1)
 
-    return _bootstrap(lambda picks: share(a, picks) - share(b, picks), len(a), seed, draws)
+    return _bootstrap(gap, *(np.array([getattr(v, name) for v in s]) for s in (a, b) for name in ("invented", "found")))
 
 
-def _bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray], count: int, seed: int, draws: int
-) -> tuple[float, float, float]:
-    """(value, low, high), 95 %, of a statistic that takes rows of picture indices and gives a value a row."""
-    picks = np.random.default_rng(seed).integers(count, size=(draws, count))
-    low, high = np.quantile(statistic(picks), [0.025, 0.975])
-    return float(statistic(np.arange(count)[None])[0]), float(low), float(high)
+def _bootstrap(statistic: Callable[..., np.ndarray], *samples: np.ndarray) -> tuple[float, float, float]:
+    """(value, low, high), 95 %, of a statistic of samples that belong together, one entry a picture."""
+    how: dict[str, Any] = {"n_resamples": 2000, "vectorized": True, "paired": True, "method": "percentile"}
+    how["random_state"] = np.random.default_rng(0)  # the name that every release of scipy knows
+    low, high = stats.bootstrap(samples, statistic, **how).confidence_interval
+    return float(statistic(*samples, axis=0)), float(low), float(high)

@@ -1,0 +1,124 @@
+"""The picture appearing: what may be seen of it in each tick, as a GIF, a WebP or an MP4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import put
+from .settings import CELL
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..core.order import Block
+    from ..core.plan import Plan
+
+SUFFIXES = (".gif", ".webp", ".mp4")
+PAPER = (243, 240, 232)
+BLUR = 0.75 * CELL  # pixels, at equal powers of picture and noise: about what is finer than where their spectra meet
+MOST_FRAMES = 30  # of an animation; a longer run is sampled evenly
+
+
+class Film:
+    """Collects pictures of a run as it appears."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.levels: dict[Block, float] = {}
+        self.frames: list[Image.Image] = []
+
+    def add(self, tick: Any, preview: Callable[[Any], Image.Image]) -> None:
+        """preview: the model's guess at the picture, from a tick; asked for where the frame is kept."""
+        # In every tick: a block may come and go between two frames that are kept. Blocks finish in their order.
+        self.levels.update(dict.fromkeys(self.plan.blocks[: tick.blocks[0].index], 0.0))
+        self.levels.update(zip(tick.blocks, tick.sigmas))
+        if tick.number % max(1, -(-tick.total // MOST_FRAMES)) == 0:
+            self.frames.append(unveiled(preview(tick), self.plan, self.levels))
+
+
+def unveiled(image: Image.Image, plan: Plan, levels: Mapping[Block, float]) -> Image.Image:
+    """The picture as far as its noise lets it show: finished blocks sharp, others blurred by their noise (0 to 1).
+
+    Blocks without a level are left as bare paper.
+
+    The model's guess shows detail that noise still hides and later steps may change. A picture's spectrum falls as 1/f²
+    and that of noise is flat: they meet at a wavelength in proportion to σ / (1 - σ), and what is finer is blurred.
+    """
+    from PIL import Image, ImageDraw, ImageFilter
+
+    def area(blocks: Iterable[Block]) -> Image.Image:
+        mask = Image.new("L", image.size)
+        for block in blocks:
+            top, left = block.top * CELL, block.left * CELL
+            edges = (left, top, left + block.width * CELL - 1, top + block.height * CELL - 1)
+            ImageDraw.Draw(mask).rectangle(edges, fill=255)
+        return mask
+
+    seen = image
+    for level in sorted({*levels.values()}, reverse=True):
+        radius = min(BLUR * level / max(1 - level, 0.01), min(image.size) / 4)
+        soft = area(block for block in levels if levels[block] <= level).filter(ImageFilter.GaussianBlur(CELL))
+        seen = Image.composite(image.filter(ImageFilter.GaussianBlur(radius)), seen, soft)
+    seen.paste(PAPER, mask=area(block for block in plan.blocks if block not in levels))
+    return seen
+
+
+def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0, hold: float = 1.5) -> Path:
+    """Frames of one size, by suffix: about `seconds` long, the last frame held for `hold` more."""
+    each = min(0.2, max(0.04, seconds / len(frames)))
+    kind = path.suffix.lower()
+    if kind == ".mp4":
+        held = [*frames, *[frames[-1]] * round(hold / each)]
+        return put(path, lambda part: _write_mp4(part, held, 1 / each))
+    milliseconds = [round(1000 * each)] * (len(frames) - 1) + [round(1000 * hold)]
+    options: dict[str, Any] = {"save_all": True, "duration": milliseconds, "loop": 0, "format": kind[1:].upper()}
+    if kind == ".webp":
+        options |= {"quality": 85, "method": 4}
+    if kind == ".gif":
+        frames = [_dithered(frame) for frame in frames]
+    return put(path, lambda part: frames[0].save(part, append_images=list(frames[1:]), **options))
+
+
+def _dithered(frame: Image.Image) -> Image.Image:
+    """In 256 colours, small spots of colour among them, and without bands in soft gradients."""
+    from PIL import Image
+
+    palette = frame.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1)
+    return frame.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+
+
+def check_mp4() -> None:
+    """ValueError if no MP4 can be written here."""
+    try:
+        import imageio_ffmpeg  # pyright: ignore[reportMissingImports]
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        raise ValueError(
+            "mp4 needs ffmpeg: run pip install imageio-ffmpeg, or choose a .gif or .webp animation"
+        ) from None
+
+
+def _write_mp4(path: Path, frames: Sequence[Image.Image], rate: float) -> None:
+    import imageio_ffmpeg  # pyright: ignore[reportMissingImports]
+
+    # The muxer is named, as the part of a file that is being written does not end in .mp4.
+    how: dict[str, Any] = {
+        "quality": 7,
+        "ffmpeg_log_level": "quiet",
+        "output_params": ["-movflags", "+faststart", "-f", "mp4"],
+        "fps": rate,
+    }
+    writer = imageio_ffmpeg.write_frames(str(path), frames[0].size, **how)
+    writer.send(None)
+    for frame in frames:
+        writer.send(frame.convert("RGB").tobytes())
+    writer.close()
+    try:  # ffmpeg's exit status is not passed on: a file that was cut short is known by its frames
+        written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    except RuntimeError:
+        written = 0
+    if written != len(frames):
+        raise OSError("ffmpeg could not finish the file")
