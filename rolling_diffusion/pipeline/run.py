@@ -328,6 +328,7 @@ class Run:
                 memory.put(kind, block, layer, key[:, place], value[:, place])
 
         sink = keep if kind is not None and memory.stores(kind) else None
+        told = told.expand(len(request["hidden_states"]), -1)  # there may be but one prompt for all pictures
         size, rows = (self.height, self.width), Levels.of(told, index, self.text_level)
         return rolling_call(family, model, request, tokens, size, rows, view, sink, **more)
 
