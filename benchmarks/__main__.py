@@ -44,9 +44,7 @@ class Bench:
         self.pooled = torch.randn(1, self.model.config["pooled_projection_dim"], generator=generator)
 
     def denoiser(self, plan: Plan) -> FluxDenoiser:
-        return FluxDenoiser(
-            self.model, self.text, self.pooled, persistence=plan.persistence, lookahead=plan.lookahead, size=plan.size
-        )
+        return FluxDenoiser(self.model, self.text, self.pooled, rule=plan.rule)
 
     @torch.no_grad()
     def plain(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from rolling_diffusion.core.order import Block, make_order
 from rolling_diffusion.core.plan import make_plan
 from rolling_diffusion.core.rollout import Moving, rollout
+from rolling_diffusion.core.rule import Rule
 from rolling_diffusion.models.denoiser import FluxDenoiser, pack, token_ids, unpack
 
 H, W = 8, 12  # cells
@@ -29,7 +30,8 @@ def setting(batch: int = 1, seed: int = 0, **kwargs):
         kwargs["negative_embeds"] = torch.randn(batch, TEXT, 24, generator=g)
         kwargs["negative_pooled"] = torch.randn(batch, 20, generator=g)
     x = torch.randn(batch, CHANNELS, H, W, generator=g)
-    return stock, FluxDenoiser(rolling, embeds, pooled, **kwargs), x
+    rule = Rule(**{k: kwargs.pop(k) for k in ("persistence", "lookahead", "size") if k in kwargs})
+    return stock, FluxDenoiser(rolling, embeds, pooled, rule=rule, **kwargs), x
 
 
 def cut(x: Tensor, block: Block) -> Tensor:
@@ -376,8 +378,6 @@ def test_bad_settings_are_named():
         FluxDenoiser(rolling, embeds, pooled, context_noise=1.0)
     with pytest.raises(ValueError, match="text_level is 'most'"):
         FluxDenoiser(rolling, embeds, pooled, text_level="most")
-    with pytest.raises(ValueError, match="persistence is 2"):
-        FluxDenoiser(rolling, embeds, pooled, persistence=2.0)
     three = FluxDenoiser(rolling, embeds.repeat(3, 1, 1), pooled.repeat(3, 1))
     with pytest.raises(ValueError, match="3 prompts meet 2 latents"):
         three.denoise([Moving(Block(0, 0, 0, 2, 2), torch.randn(2, CHANNELS, 2, 2), torch.tensor(0.5))])

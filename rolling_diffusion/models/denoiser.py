@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.cohort import block_seed
 from ..core.memory import Memory, View
+from ..core.rule import Kind, Rule
 from ..defaults import check_text_level
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class _Layout:
 class _Keep:
     """Puts each layer's keys and values into memory, block by block, while the call runs."""
 
-    def __init__(self, memory: Memory, kind: str, blocks: Sequence[Block], places: Sequence[Tensor | slice]):
+    def __init__(self, memory: Memory, kind: Kind, blocks: Sequence[Block], places: Sequence[Tensor | slice]):
         self.memory, self.kind, self.blocks, self.places = memory, kind, blocks, places
 
     def __setitem__(self, layer: int, kv: tuple[Tensor, Tensor]) -> None:
@@ -107,7 +108,7 @@ class FluxDenoiser:
     negative_embeds: v = v_negative + cfg * (v_positive - v_negative), in one call of twice the batch, or in two
     (batch_cfg=False: less memory, and bit-identical to FluxPipeline's own two calls).
     joint_attention_kwargs: passed on, such as a LoRA's scale; the negative branch gets the same unless it has its own.
-    persistence, lookahead, cap, sinks, size, memory_device: see Memory. text_level: "max", "mean" or "min".
+    rule, memory_device: see Rule and Memory. text_level: "max", "mean" or "min".
     context_noise: noise level of the blocks committed to memory. commit_waiting: whether they see waiting blocks.
     """
 
@@ -126,11 +127,7 @@ class FluxDenoiser:
         batch_cfg: bool = True,
         joint_attention_kwargs: dict[str, Any] | None = None,
         negative_joint_attention_kwargs: dict[str, Any] | None = None,
-        persistence: float = 1.0,
-        lookahead: int | None = None,
-        cap: int | None = None,
-        sinks: int = 1,
-        size: int | None = None,
+        rule: Rule | None = None,
         memory_device: torch.device | str | None = None,
         text_level: str = "max",
         context_noise: float = 0.0,
@@ -148,7 +145,7 @@ class FluxDenoiser:
         check_text_level(text_level)
 
         def branch(embeds: Tensor, pooled: Tensor, ids: Tensor | None, options: dict[str, Any] | None) -> _Branch:
-            memory = Memory(persistence, lookahead, cap, sinks, size=size, device=memory_device)
+            memory = Memory(rule, device=memory_device)
             return _Branch(
                 embeds, pooled, embeds.new_zeros(embeds.shape[1], 3) if ids is None else ids, options, memory
             )
@@ -191,7 +188,7 @@ class FluxDenoiser:
     @torch.no_grad()
     def commit(self, block: Block, x0: Tensor) -> None:
         """Run a finished block (B, C, h, w) once more, clean or at context_noise, to store its keys and values."""
-        if not self.memories[0].stores("finished"):
+        if not self.memories[0].rule.stores("finished"):
             return
         sigma = self.context_noise
         if sigma > 0:
@@ -211,7 +208,7 @@ class FluxDenoiser:
             memory.clear()
 
     def _call(
-        self, blocks: Sequence[Block], xs: Sequence[Tensor], sigmas: Tensor, keep: str | None, waiting: bool = True
+        self, blocks: Sequence[Block], xs: Sequence[Tensor], sigmas: Tensor, keep: Kind | None, waiting: bool = True
     ) -> list[Tensor]:
         """Velocities of the blocks (B, C, h, w) at their sigmas (blocks,)."""
         device, dtype = self._branches[0].embeds.device, self._branches[0].embeds.dtype
@@ -227,7 +224,9 @@ class FluxDenoiser:
         outputs = []
         for branch in self._branches:
             view = branch.memory.view(blocks, waiting, free=keep != "waiting")
-            store = _Keep(branch.memory, keep, blocks, layout.places) if keep and branch.memory.stores(keep) else None
+            store = None
+            if keep and branch.memory.rule.stores(keep):
+                store = _Keep(branch.memory, keep, blocks, layout.places)
             outputs.append(self._run(branch, tokens, timestep, layout, view, store))
         if self.cfg != 1:
             positive, negative = outputs[0].chunk(2) if len(outputs) == 1 else outputs

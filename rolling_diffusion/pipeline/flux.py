@@ -3,6 +3,7 @@
 # Annotations are objects here, not strings: older releases of diffusers read those of __init__ as they are.
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Optional, Union
 
 import torch
@@ -247,10 +248,7 @@ class RollingFluxPipeline(FluxPipeline):
                 *text,
                 joint_attention_kwargs=attention if look is None else {**attention, IMAGES: look},
                 guidance=guidance.embedded,
-                persistence=plan.persistence,
-                lookahead=plan.lookahead,
-                cap=cap,
-                size=plan.size,
+                rule=replace(plan.rule, cap=cap),
                 memory_device=keep_at,
                 text_level=text_level or self.card.text_level,
                 context_noise=self.card.context_noise if context_noise is None else context_noise,
