@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytest import mark, raises
 
-from rolling_diffusion.core.order import ORDERS, TILE_ORDERS, Block, make_order
+from rolling_diffusion.core.order import ORDERS, ROUTES, Block, make_order
 
+TILE_ORDERS = [name for name in ORDERS if ROUTES[name].axis == "tiles"]
 names = st.sampled_from(ORDERS)
 sizes = st.integers(1, 40)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytest import mark, raises
 
-from rolling_diffusion.core.order import ORDERS, TILE_ORDERS
+from rolling_diffusion.core.order import ORDERS
 from rolling_diffusion.core.plan import Plan, make_plan
 
 
@@ -57,7 +57,7 @@ def test_moving_are_the_blocks_that_take_a_step(plan):
 @given(plans(lags=(None,)))
 def test_blocks_in_motion_never_exceed_the_window(plan):
     share = (plan.window - plan.overlap) / plan.window
-    assert plan.alone or plan.capacity <= math.ceil((1 / share) ** (2 if plan.order in TILE_ORDERS else 1) - 1e-9)
+    assert plan.alone or plan.capacity <= math.ceil((1 / share) ** (2 if plan.blocks.tiled else 1) - 1e-9)
 
 
 @given(plans(lags=(0,)))
@@ -208,7 +208,7 @@ def test_a_plan_prints_its_cost():
         ({"steps": 0}, "steps is 0, and must be at least 1"),
         ({"draft": 20}, "draft is 20 steps, and must be from 0 to 19"),
         ({"draft": -1}, "draft is -1 steps"),
-        ({"lookahead": -1}, "lookahead is -1 cells, and must be 0 or more, or None"),
+        ({"lookahead": -1}, "lookahead is -1 cells, and must be at least 0"),
         ({"lag": 21}, "lag is 21, and must be from 0 to 20"),
         ({"lag": "slow"}, "lag is 'slow'"),
         ({"persistence": 1.5}, "persistence is 1.5, and must be from 0 to 1"),

@@ -93,7 +93,7 @@ class Remembering(Log):
     def __init__(self, plan, text):
         super().__init__()
         self.plan, self.text, self.computed, self.seen, self.calls = plan, text, 0, 0, 0
-        self.memory = Memory(plan.persistence, plan.lookahead, size=plan.size)
+        self.memory = Memory(plan.rule)
 
     def call(self, blocks, kind=None):
         tokens = self.text + sum(self.plan.tokens(b) for b in blocks)
