@@ -12,7 +12,6 @@ import torch
 
 from rolling_diffusion.core.plan import Plan, make_plan
 from rolling_diffusion.core.rollout import Moving, rollout
-from rolling_diffusion.core.sigmas import sigmas
 from rolling_diffusion.models.denoiser import FluxDenoiser
 from rolling_diffusion.models.flux import RollingFluxTransformer2DModel
 
@@ -36,7 +35,8 @@ class Bench:
     def __init__(self) -> None:
         self.model = RollingFluxTransformer2DModel.from_pretrained(MODEL / "transformer", torch_dtype=torch.float32)
         self.model.eval()
-        self.levels = sigmas("uniform", STEPS, shift=2.0)
+        levels = torch.linspace(1, 0, STEPS + 1)
+        self.levels = 2 * levels / (1 + levels)  # the model's own shift, 2
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.randn(1, 16, SIDE, SIDE, generator=generator)
         width = self.model.config["joint_attention_dim"]
