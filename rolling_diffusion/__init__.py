@@ -10,7 +10,6 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ find
     from .core.order import ORDERS, Block, make_order
     from .core.plan import Cost, Plan, make_plan
     from .core.rollout import Denoiser, Frame, Moving, rollout
-    from .core.sigmas import sigmas
     from .defaults import Card, plan_for
     from .picture import plan_picture
     from .pipeline import Rolling, Tick, load, roll
@@ -37,7 +36,6 @@ __all__ = [
     "plan_picture",
     "roll",
     "rollout",
-    "sigmas",
 ]
 
 
@@ -54,8 +52,6 @@ def __getattr__(name: str) -> object:
         from .core import plan as room
     elif name in ("Denoiser", "Frame", "Moving", "rollout"):
         from .core import rollout as room
-    elif name == "sigmas":
-        from .core import sigmas as room
     elif name in ("Card", "plan_for"):
         from . import defaults as room
     elif name == "plan_picture":

@@ -19,7 +19,7 @@ from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, overload
 
-Path = Callable[[int, int, int], Sequence[int]]
+Walk = Callable[[int, int, int], Sequence[int]]
 """(blocks down, blocks across, seed) to the flat positions of the grid, row * across + column, each once."""
 
 
@@ -27,7 +27,7 @@ class Route(NamedTuple):
     """A named way over the canvas."""
 
     name: str
-    path: Path
+    path: Walk
     axis: str  # "rows" or "columns": strips that lie one below, or beside, the other; "tiles"
     backwards: bool  # are strips cut from the far edge, so that the last one, not the first, may be smaller?
 
@@ -35,10 +35,10 @@ class Route(NamedTuple):
 ROUTES: dict[str, Route] = {}
 
 
-def order(name: str, axis: str = "tiles", backwards: bool = False) -> Callable[[Path], Path]:
+def order(name: str, axis: str = "tiles", backwards: bool = False) -> Callable[[Walk], Walk]:
     """Registers a function as the order `name`, over tiles, or over strips along an axis, "rows" or "columns"."""
 
-    def register(path: Path) -> Path:
+    def register(path: Walk) -> Walk:
         ROUTES[name] = Route(name, path, axis, backwards)
         return path
 
@@ -62,12 +62,17 @@ def _outwards(down: int, across: int, seed: int) -> Sequence[int]:
 
 @order("spiral-in")
 def _inwards(down: int, across: int, seed: int) -> Sequence[int]:
-    """Clockwise from the top left corner to the centre: take the top row, turn the rest."""
-    grid: Sequence[Sequence[int]] = [range(r * across, (r + 1) * across) for r in range(down)]
+    """Clockwise from the top left corner to the centre, ring by ring."""
     path: list[int] = []
-    while grid:
-        path.extend(grid[0])
-        grid = list(zip(*grid[1:], strict=True))[::-1]
+    top, left, low, right = 0, 0, (down - 1) * across, across - 1  # edges of a ring; rows as positions in column 0
+    while top <= low and left <= right:
+        path += range(top + left, top + right + 1)
+        path += range(top + across + right, low + right + 1, across)
+        if top < low:
+            path += range(low + right - 1, low + left - 1, -1)
+        if left < right:
+            path += range(low - across + left, top + left, -across)
+        top, left, low, right = top + across, left + 1, low - across, right - 1
     return path
 
 
@@ -365,7 +370,7 @@ class OwnOrder(Order):
         return list(accumulate((b.cells for b in self.blocks), initial=0))
 
 
-def route_of(order: str | Path) -> Route:
+def route_of(order: str | Walk) -> Route:
     """The route of a name, or of a function, which goes over tiles unless it is registered otherwise."""
     if callable(order):
         own = Route(getattr(order, "__name__", "of its own"), order, "tiles", False)
@@ -375,14 +380,14 @@ def route_of(order: str | Path) -> Route:
     return ROUTES[order]
 
 
-def span(order: str | Path | Sequence[Block], height: int, width: int) -> int:
+def span(order: str | Walk | Sequence[Block], height: int, width: int) -> int:
     """Cells that a window travels to see the canvas: along the order for strips, the larger side for tiles."""
     axis = route_of(order).axis if isinstance(order, str) or callable(order) else "tiles"
     return {"rows": height, "columns": width, "tiles": max(height, width)}[axis]
 
 
 def make_order(
-    order: str | Path | Sequence[Block], height: int, width: int, size: int = 1, seed: int = 0, multiple: int = 1
+    order: str | Walk | Sequence[Block], height: int, width: int, size: int = 1, seed: int = 0, multiple: int = 1
 ) -> Order:
     """An order over a height × width canvas (cells).
 

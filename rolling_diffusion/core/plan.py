@@ -22,7 +22,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from .cost import Cost, count
-from .order import Block, Order, Path, make_order, numbered, route_of, span, whole
+from .order import Block, Order, Walk, make_order, numbered, route_of, span, whole
 from .rule import Rule
 
 
@@ -36,7 +36,7 @@ class Plan:
     height: int
     width: int
     steps: int
-    order: str | Path | tuple[Block, ...]
+    order: str | Walk | tuple[Block, ...]
     window: int
     overlap: int
     draft: int
@@ -155,7 +155,7 @@ class Plan:
         cost = self.cost()
         reach = "the whole canvas" if self.lookahead is None else f"{self.lookahead} cells"
         rows = {
-            "canvas": f"{self.height} × {self.width} cells, {len(self.blocks)} blocks {self.order}",
+            "canvas": f"{self.height} × {self.width} cells, {len(self.blocks)} blocks {self.blocks.name}",
             "window": f"{self.window} cells, advancing by {self.window - self.overlap}, looking ahead {reach}",
             "steps": f"{self.steps}, of them {self.draft} draft; lag {self.lag}, at most {self.capacity} in motion",
             "calls": f"{cost.ticks} ticks + {cost.waiting_calls} for waiting blocks + {cost.commits} commits",
@@ -170,7 +170,7 @@ def make_plan(
     height: int,
     width: int,
     steps: int | Sequence[float],
-    order: str | Path | Sequence[Block] = "top-to-bottom",
+    order: str | Walk | Sequence[Block] = "top-to-bottom",
     window: int = 64,
     overlap: int = 16,
     draft: int = 0,
