@@ -32,10 +32,10 @@ class Cost:
     relative             token_evaluations against a full pass, which is `steps` calls of the whole canvas and the text
     pairs                query-key pairs that attention computes in all calls, in one head of one layer
 
-    A plan of more than 8192 blocks, or of some hundred tiles that see hundreds each, is counted by a sample: the first
-    and the last of them, and pairs evenly strewn between. For strips that is as exact as going through them
-    all; for tiles, pairs and peak_visible_tokens are then estimates, and beyond a million blocks waiting_calls,
-    token_evaluations and relative too.
+    A plan of more than 8192 blocks, or of hundreds of tiles that see hundreds each, is counted by a sample: turns of
+    the first and the last blocks, and pairs of turns evenly strewn between. For strips that is exact, but for a bend
+    where memory fills up to its cap. For tiles, pairs and peak_visible_tokens are then estimates, and beyond a million
+    blocks waiting_calls, token_evaluations and relative too.
     """
 
     ticks: int
@@ -127,11 +127,9 @@ class _Count:
         moving = visible = 0
         for g, weight in _sample(self.count, self.most):
             turn = self.turn(g, g < commits)
-            calls, stored, pairs = (
-                calls + weight * turn.calls,
-                stored + weight * turn.stored,
-                pairs + weight * turn.pairs,
-            )
+            calls += weight * turn.calls
+            stored += weight * turn.stored
+            pairs += weight * turn.pairs
             moving, visible = max(moving, turn.moving), max(visible, turn.visible)
         if len(self.blocks) <= MANY:
             calls, stored = self.arrivals()
