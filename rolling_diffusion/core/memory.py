@@ -157,7 +157,7 @@ class Memory:
         if not any(logs):
             return None
         counts = [_tokens(self._stored[kind][block]) for kind, block, _ in seen]
-        return torch.tensor(logs).repeat_interleave(torch.tensor(counts)).to(self._compute)
+        return torch.tensor(logs, dtype=torch.float32).repeat_interleave(torch.tensor(counts)).to(self._compute)
 
     def _own(self, tensor: Tensor) -> Tensor:
         """The tensor on the memory's device, in storage that holds nothing else, cut from its graph unless grad."""

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -248,8 +249,12 @@ def run(
     # Compiled code is handed plain tensors, and gives plain tensors back.
     compiled = [transformer, *family.blocks(model)]
     call.compiled = hasattr(transformer, "_orig_mod") or any(
-        getattr(module, "_compiled_call_impl", None) is not None for module in compiled
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in compiled
     )
+    if call.compiled:  # for the kinds of calls: with and without levels, memory, weights of memory, keeping
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 32)
     with swapped(family.swaps(model, call)):
         answer = transformer(**chosen, **more, timestep=levels.timesteps, return_dict=False)
     if sink is not None and call.compiled:

@@ -16,12 +16,15 @@ from huggingface_hub import try_to_load_from_cache
 
 from ..core.plan import Plan
 from ..defaults import Card, check_text_level, plan_for
-from ..models.call import unwrapped
+from ..models.call import swapped, unwrapped
 from ..models.registry import family_of
 from .guidance import decide
 from .run import Run, Scheduler, Tick, Transformer
 from .schedulers import choose, take_levels
 from .space import OutOfMemory, out_of_memory, place_memory
+
+# What is said to a pipeline, and asked of it, while it is called: of the user's own, by a stop button or a step cache.
+LIVE = ("_interrupt", "_current_timestep")
 
 
 def roll(pipe: Any, card: Card | Mapping[str, Any] | None = None) -> Rolling:
@@ -155,15 +158,18 @@ class Rolling:
         adopt = None if stepper is levels else lambda source: take_levels(stepper, source, pipe._execution_device)
         limit = self._limit(said, run, lag)
         run.scheduler = Scheduler(run, stepper, levels, adopt, limit)
-        stand_in = _stand_in(pipe, run)
+        stand_in, hooked = _stand_in(pipe, run), hasattr(model, "_diffusers_hook")
         try:
-            return type(pipe).__call__(stand_in, **said)
+            with swapped((vars(pipe), name, None) for name in LIVE):
+                return type(pipe).__call__(stand_in, **said)
         except OutOfMemory:
             if run._plan is None or run._plan.alone:
                 raise
             plan = run._plan
         finally:
             run.clear()
+            if not hooked:  # the pipeline leaves one, empty, for step caches
+                vars(model).pop("_diffusers_hook", None)
         del run, stand_in  # no frame of the run is alive and holds what it held
         raise out_of_memory(plan, kept[0])
 
@@ -267,7 +273,8 @@ def card_of(pipe: Any) -> Mapping[str, Any] | None:
 
 def _refusal(model: Any) -> str | None:
     """What makes a transformer answer for other tokens than it is asked."""
-    if getattr(model, "is_cache_enabled", False):
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    if any(hook._is_stateful for registry in registries if registry for hook in registry.hooks.values()):
         return (
             "a step cache is enabled on the transformer, and would answer for tokens that it was not asked for: call "
             "transformer.disable_cache(), or roll with lag=0"
@@ -311,8 +318,8 @@ def _stand_in(pipe: Any, run: Run) -> Any:
         if hasattr(kind, name)
     }
 
-    def interrupt(self: Any) -> bool:
-        return self._interrupt or pipe.__dict__.get("_interrupt", False)
+    def live(name: str) -> property:
+        return property(lambda self: vars(pipe).get(name), lambda self, value: vars(pipe).update({name: value}))
 
     def prepare_latents(self: Any, *args: Any, **options: Any) -> Any:
         latents = kind.prepare_latents(self, *args, **options)
@@ -331,7 +338,7 @@ def _stand_in(pipe: Any, run: Run) -> Any:
         return bar
 
     more: dict[str, Any] = {"prepare_latents": prepare_latents, "progress_bar": progress_bar}
-    more |= {"maybe_free_model_hooks": lambda self: pipe.maybe_free_model_hooks(), "interrupt": property(interrupt)}
+    more |= {"maybe_free_model_hooks": lambda self: pipe.maybe_free_model_hooks()} | {n: live(n) for n in LIVE}
     if hasattr(kind, "get_timesteps"):
         more["get_timesteps"] = get_timesteps
     twin = copy.copy(pipe)
@@ -339,5 +346,4 @@ def _stand_in(pipe: Any, run: Run) -> Any:
     vars(twin)["scheduler"], vars(twin)["transformer"] = run.scheduler, Transformer(run, pipe.transformer)
     if run.control is not None:
         vars(twin)["controlnet"] = run.control
-    vars(pipe)["_interrupt"] = False
     return twin

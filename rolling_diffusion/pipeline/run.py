@@ -374,7 +374,7 @@ class Run:
         part = self.family.cut(blank, block, self.place(g, blank))
         draws = [torch.Generator().manual_seed(block_seed(seed, block)) for seed in self.seeds]
         shape = (len(part) // len(draws), *part.shape[1:])
-        noise = torch.cat([torch.randn(shape, generator=draw) for draw in draws])
+        noise = torch.cat([torch.randn(shape, generator=draw, dtype=torch.float32) for draw in draws])
         self.family.paste(blank, block, self.place(g, blank), noise.to(blank))
         return self.family.blend(request, blank, self.context_noise)
 
@@ -462,15 +462,16 @@ class Run:
 
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """What is known of a picture, noised to the level at which each block stands."""
+        levels, stepper = self.scheduler.levels, self.scheduler.stepper  # a multistep solver cannot, its levels can
         if not self.tick or self.tick <= self.draft:
-            return self.scheduler.stepper.scale_noise(sample, timestep, noise)
+            return levels.scale_noise(sample, timestep, noise)
         plan, family, noised = self.plan, self.family, sample.clone()
         for g, block in enumerate(plan.blocks):
             i, place = plan.index(self.tick, g), self.place(g, sample)
             if i < plan.steps:
-                stepper = self.steppers.get(g, self.scheduler.stepper)
+                noiser = self.steppers.get(g, stepper) if levels is stepper else levels
                 parts = family.cut(sample, block, place), self.steps[i : i + 1], family.cut(noise, block, place)
-                family.paste(noised, block, place, stepper.scale_noise(*parts))
+                family.paste(noised, block, place, noiser.scale_noise(*parts))
         return noised
 
     @contextmanager
