@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ finds these
     from .core.memory import Memory
-    from .core.order import ORDERS, Block, make_order
+    from .core.order import ORDERS, Block, make_order, order
     from .core.plan import Cost, Plan, make_plan
     from .core.rollout import Denoiser, Frame, Moving, rollout
-    from .core.sigmas import sigmas
+    from .core.rule import Rule
     from .defaults import Card, plan_for
     from .picture import plan_picture
     from .pipeline import Rolling, Tick, load, roll
@@ -28,16 +28,17 @@ __all__ = [
     "Moving",
     "Plan",
     "Rolling",
+    "Rule",
     "Tick",
     "__version__",
     "load",
     "make_order",
     "make_plan",
+    "order",
     "plan_for",
     "plan_picture",
     "roll",
     "rollout",
-    "sigmas",
 ]
 
 
@@ -48,14 +49,14 @@ def __getattr__(name: str) -> object:
     """
     if name == "Memory":
         from .core import memory as room
-    elif name in ("ORDERS", "Block", "make_order"):
+    elif name in ("ORDERS", "Block", "make_order", "order"):
         from .core import order as room
     elif name in ("Cost", "Plan", "make_plan"):
         from .core import plan as room
     elif name in ("Denoiser", "Frame", "Moving", "rollout"):
         from .core import rollout as room
-    elif name == "sigmas":
-        from .core import sigmas as room
+    elif name == "Rule":
+        from .core import rule as room
     elif name in ("Card", "plan_for"):
         from . import defaults as room
     elif name == "plan_picture":

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .core.order import span
-from .core.plan import Plan, make_plan
+from .core.order import Block, Walk, span, whole
+from .core.plan import Plan, check_draft, count_steps, make_plan
 
 DRAFT = 0.5  # share of the steps, unless a model's card says otherwise: docs/results.md has the study that decided it
 EVERYWHERE = "all"  # a lookahead over the whole canvas; None means the same
@@ -106,7 +106,7 @@ def plan_for(
     width: int,
     steps: int | Sequence[float],
     *,
-    order: str = "top-to-bottom",
+    order: str | Walk | Sequence[Block] = "top-to-bottom",
     window: int | None = None,
     overlap: int | None = None,
     persistence: float = 1.0,
@@ -131,15 +131,14 @@ def plan_for(
 
     ValueError, in one sentence, for what does not fit together.
     """
-    steps = steps if isinstance(steps, int) else len(steps) - 1
-    if draft is None:
-        draft = card.draft_steps(steps)
-    elif not 0 <= draft < max(steps, 1):
-        raise ValueError(f"draft is {draft} steps, and must be from 0 to {steps - 1}, one less than the steps")
+    steps = count_steps(steps)
+    draft = card.draft_steps(steps) if draft is None else check_draft(draft, steps)
+    height, width = whole("height", height, 1, "cells"), whole("width", width, 1, "cells")
+    multiple = whole("multiple", multiple, 1, "cells")
     if window is None:
         window = card.window or _half(span(order, height, width), 2 * multiple) or multiple
     if overlap is None:
-        overlap = _half(window, multiple, down=True)
+        overlap = _half(whole("window", window, unit="cells"), multiple, down=True)
         overlap = overlap if card.window is None else min(card.overlap // multiple * multiple, overlap)
     if lookahead == "auto":
         lookahead = None if height * width <= card.native_tokens * multiple**2 else window

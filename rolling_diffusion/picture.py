@@ -43,10 +43,11 @@ def plan_picture(plan: Plan, sigmas: Sequence[float] | None = None, text_tokens:
     """An RGB picture of the plan, 1600×880 pixels; text_tokens of the prompt count in the cost."""
     page = _Page()
     cells = f"{plan.width} x {plan.height} cells"
-    page.text((60, 52), f"Rolling plan, {plan.order}", 34, INK)
+    page.text((60, 52), f"Rolling plan, {plan.blocks.name}", 34, INK)
     page.text((60, 104), f"{plan.width * 8} x {plan.height * 8} pixels = {cells}, {_shape(plan)}", 20, MUTED)
     _chart(page, plan, sigmas)
     _canvas(page, plan)
+    _legend(page, (CANVAS[0], 712), ORDER, "first", "last")
     cost = plan.cost(text_tokens)
     facts = (
         (f"{cost.ticks:,}", "model calls (ticks)"),
@@ -100,6 +101,9 @@ def _canvas(page: _Page, plan: Plan) -> None:
     scale = min((right - left) / plan.width, (bottom - top) / plan.height)
     blocks = plan.blocks
     page.text((left, top - 38), "Order of the blocks on the canvas", 20, INK)
+    if blocks.size * scale <= 5:  # too small for a gap between them
+        _mosaic(page, plan, scale)
+        return
     colours = ramp(ORDER, np.linspace(0, 1, max(2, len(blocks))))
     small = min(min(b.width, b.height) for b in blocks) * scale
     path = []
@@ -111,10 +115,17 @@ def _canvas(page: _Page, plan: Plan) -> None:
         if small > 22:
             dark = colour @ (0.299, 0.587, 0.114) < 140
             page.text(path[-1], f"{number + 1}", min(22, int(small * 0.5)), PAPER if dark else INK, "mm")
-    tiles = min(b.width for b in blocks) < plan.width and min(b.height for b in blocks) < plan.height
-    if tiles and small <= 22 and len(blocks) <= 1000:
+    if blocks.tiled and small <= 22 and len(blocks) <= 1000:
         page.line(path, PAPER, 1)
-    _legend(page, (left, 712), ORDER, "first", "last")
+
+
+def _mosaic(page: _Page, plan: Plan, scale: float) -> None:
+    """The order of many small blocks: each pixel takes the colour of the block in its middle."""
+    rows, columns = (max(1, round(cells * scale)) for cells in (plan.height, plan.width))
+    ys = ((np.arange(rows) + 0.5) / rows * plan.height).astype(int).tolist()
+    xs = ((np.arange(columns) + 0.5) / columns * plan.width).astype(int).tolist()
+    places = np.array([[plan.blocks.at(y, x) for x in xs] for y in ys])
+    page.paste(CANVAS[:2], ramp(ORDER, places / max(1, len(plan.blocks) - 1)))
 
 
 def _legend(page: _Page, at: tuple[float, float], anchors: Sequence[tuple[int, int, int]], low: str, high: str) -> None:
@@ -142,6 +153,11 @@ class _Page:
     def box(self, box: Sequence[float], colour: tuple[int, ...]) -> None:
         x0, y0, x1, y1 = (round(v * FINE) for v in box)
         self.draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), fill=colour)
+
+    def paste(self, at: tuple[int, int], pixels: np.ndarray) -> None:
+        """A picture (H, W, 3), uint8, with its top left corner there."""
+        large = pixels.repeat(FINE, axis=0).repeat(FINE, axis=1)
+        self.image.paste(Image.fromarray(large), (at[0] * FINE, at[1] * FINE))
 
     def line(self, points: Sequence[tuple[float, float]], colour: tuple[int, ...], width: float) -> None:
         self.draw.line([(x * FINE, y * FINE) for x, y in points], fill=colour, width=round(width * FINE), joint="curve")

@@ -2,13 +2,17 @@
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pytest import mark, raises
 
-from rolling_diffusion.core.order import ORDERS, TILE_ORDERS, Block, make_order
+from rolling_diffusion.core.order import ORDERS, ROUTES, Block, make_order
+from rolling_diffusion.core.order import order as order_of
+from rolling_diffusion.core.plan import make_plan
 
+TILE_ORDERS = [name for name in ORDERS if ROUTES[name].axis == "tiles"]
 names = st.sampled_from(ORDERS)
 sizes = st.integers(1, 40)
 
@@ -36,13 +40,6 @@ def test_only_blocks_at_the_far_edge_are_smaller(name, height, width, size):
         assert all(getattr(b, axis) == extent % full[axis] for b in small)
     if name not in TILE_ORDERS:
         assert all(b.height == full["height"] and b.width == full["width"] for b in blocks[:-1])
-
-
-@given(names, sizes, sizes, st.integers(1, 12), st.integers(1, 30), st.data())
-def test_near_finds_the_blocks_whose_gap_is_below_the_reach(name, height, width, size, reach, data):
-    order = make_order(name, height, width, size)
-    block = order[data.draw(st.integers(0, len(order) - 1))]
-    assert order.near(block, reach) == [b.index for b in order if block.gap(b) < reach]
 
 
 def test_gap_counts_the_cells_between():
@@ -96,3 +93,96 @@ def test_bad_input_is_refused():
         make_order("raster", 4, 4, 0)
     with raises(IndexError):
         make_order("raster", 4, 4, 2)[4]
+
+
+def test_a_new_order_is_one_decorated_function():
+    @order_of("columns")
+    def columns(down, across, seed):
+        return [r * across + c for c in range(across) for r in range(down)]
+
+    try:
+        plan = make_plan(8, 8, 4, "columns", window=6, overlap=2)
+        assert [(b.top, b.left) for b in plan.blocks] == [(0, 0), (4, 0), (0, 4), (4, 4)]
+        with raises(ValueError, match=r"unknown order 'colums': choose one of .*, columns"):
+            make_plan(8, 8, 4, "colums")
+    finally:
+        del ROUTES["columns"]
+
+
+def test_a_function_of_the_callers_own_is_an_order_of_tiles():
+    def snake(down, across, seed):
+        rows = [list(range(r * across, (r + 1) * across)) for r in range(down)]
+        return [at for r, row in enumerate(rows) for at in (row[::-1] if r % 2 else row)]
+
+    plan = make_plan(16, 16, 4, snake, window=8, overlap=4)
+    assert [b.left for b in plan.blocks[:8]] == [0, 4, 8, 12, 12, 8, 4, 0]
+    assert plan == make_plan(16, 16, 4, snake, window=8, overlap=4) and hash(plan)
+    assert "16 blocks snake" in str(plan)
+    assert make_plan(16, 16, 4, lambda down, across, seed: np.arange(down * across)[::-1], window=8, overlap=4).blocks
+
+
+@mark.parametrize("path", [[0, 1, 2, 2], [0, 1, 2], [0, 1, 2, 4], [0.5, 1, 2, 3]])
+def test_a_function_that_is_no_path_is_refused(path):
+    with raises(ValueError, match=r"must (give each from 0 to 3 once|be a whole number)") as caught:
+        make_plan(8, 8, 4, lambda down, across, seed: path, window=6, overlap=2)
+    assert "\n" not in str(caught.value)
+
+
+OWN = (Block(0, 0, 0, 8, 4), Block(9, 0, 4, 4, 4), Block(9, 4, 4, 4, 4), Block(0, 0, 8, 8, 2))
+
+
+def test_blocks_of_the_callers_own():
+    plan = make_plan(8, 10, 6, OWN, window=6, overlap=2, lookahead=1)
+    assert [b.index for b in plan.blocks] == [0, 1, 2, 3] and plan.blocks[1].left == 4
+    assert plan.size == 4 and plan.blocks.tiled and plan.lag == 3  # 6 * (4 / 6)**2 = 2.67
+    assert [list(new) for new in plan.arrivals()] == [[0, 1, 2], [3], [], []]
+    assert plan == make_plan(8, 10, 6, list(OWN), window=6, overlap=2, lookahead=1) and hash(plan)
+    assert "4 blocks in an order of its own" in str(plan) and plan.cost().relative > 1
+    strips = [Block(0, y, 0, 2, 10) for y in (4, 0, 6, 2)]
+    assert not make_plan(8, 10, 6, strips, window=6, overlap=2).blocks.tiled
+    assert not make_plan(8, 10, 6, strips, window=6, overlap=2).rule.onward
+
+
+@mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([*OWN[:3], Block(3, 0, 6, 8, 4)], "blocks 1 and 3 of the order overlap, and must be disjoint"),
+        (OWN[:3], "no block of the order holds the cell in row 0, column 8, and they must cover the canvas"),
+        ([*OWN[:3], Block(3, 0, 8, 8, 4)], "block 3 of the order, 8 × 4 cells at row 0, column 8, must lie within"),
+        ([*OWN[:3], Block(3, 0, 8, 8, 1)], "must lie on multiples of 2 cells"),
+        ([], "order is [], and must be a name, a function from a grid to a path, or Blocks"),
+        ([(0, 0, 8, 10)], "must be a name, a function"),
+        (7, "order is 7, and must be a name"),
+    ],
+)
+def test_blocks_that_are_no_order_are_refused(blocks, message):
+    with raises(ValueError) as caught:
+        make_plan(8, 10, 6, blocks, window=6, overlap=2)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def orders(names_or_own: st.DataObject):
+    """A named order, or the same blocks as the caller's own."""
+    name, size = names_or_own.draw(names), names_or_own.draw(st.integers(1, 12))
+    order = make_order(name, names_or_own.draw(sizes), names_or_own.draw(sizes), size)
+    return make_order(list(order), order.height, order.width) if names_or_own.draw(st.booleans()) else order
+
+
+@given(st.data(), st.integers(1, 30))
+def test_what_an_order_knows_of_its_blocks(data, reach):
+    order = orders(data)
+    block = order[data.draw(st.integers(0, len(order) - 1))]
+    near = [b.index for b in order if block.gap(b) < reach]
+    assert order.near(block, reach) == near and order.earliest(block.index, reach) == near[0]
+    assert order.cells_before(block.index) == sum(b.cells for b in order[: block.index])
+    assert order.cells_before(len(order)) == order.height * order.width
+    corners = [(block.top, block.left), (block.rows.stop - 1, block.columns.stop - 1)]
+    assert [order.at(*corner) for corner in corners] == [block.index] * 2
+
+
+@given(st.data())
+def test_an_onward_order_leaves_blocks_for_good(data):
+    order = orders(data)
+    if order.onward:
+        gaps = [order[0].gap(b) for b in order]
+        assert gaps == sorted(gaps)

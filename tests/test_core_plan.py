@@ -1,16 +1,21 @@
 """Plans: the formula and what it promises, over all plans that can be made."""
 
 import math
+import time
 import tracemalloc
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, asdict, replace
 from itertools import pairwise
+from math import isclose
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from pytest import mark, raises
+from pytest import MonkeyPatch, mark, raises
 
-from rolling_diffusion.core.order import ORDERS, TILE_ORDERS
+from rolling_diffusion.core import cost
+from rolling_diffusion.core.order import ORDERS
 from rolling_diffusion.core.plan import Plan, make_plan
+from rolling_diffusion.defaults import Card, plan_for
 
 
 @st.composite
@@ -57,7 +62,7 @@ def test_moving_are_the_blocks_that_take_a_step(plan):
 @given(plans(lags=(None,)))
 def test_blocks_in_motion_never_exceed_the_window(plan):
     share = (plan.window - plan.overlap) / plan.window
-    assert plan.alone or plan.capacity <= math.ceil((1 / share) ** (2 if plan.order in TILE_ORDERS else 1) - 1e-9)
+    assert plan.alone or plan.capacity <= math.ceil((1 / share) ** (2 if plan.blocks.tiled else 1) - 1e-9)
 
 
 @given(plans(lags=(0,)))
@@ -208,7 +213,7 @@ def test_a_plan_prints_its_cost():
         ({"steps": 0}, "steps is 0, and must be at least 1"),
         ({"draft": 20}, "draft is 20 steps, and must be from 0 to 19"),
         ({"draft": -1}, "draft is -1 steps"),
-        ({"lookahead": -1}, "lookahead is -1 cells, and must be 0 or more, or None"),
+        ({"lookahead": -1}, "lookahead is -1 cells, and must be at least 0"),
         ({"lag": 21}, "lag is 21, and must be from 0 to 20"),
         ({"lag": "slow"}, "lag is 'slow'"),
         ({"persistence": 1.5}, "persistence is 1.5, and must be from 0 to 1"),
@@ -220,3 +225,99 @@ def test_bad_input_is_refused_in_one_sentence(change, message):
     with raises(ValueError) as caught:
         make_plan(**{"height": 128, "width": 128, "steps": 20, **change})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 4.0}, "steps is 4.0, and must be a whole number"),
+        ({"steps": True}, "steps is True, and must be a whole number"),
+        ({"height": 128.0}, "height is 128.0, and must be a whole number of cells"),
+        ({"window": True}, "window is True, and must be a whole number of cells"),
+        ({"overlap": "16"}, "overlap is '16', and must be a whole number of cells"),
+        ({"draft": 2.5}, "draft is 2.5, and must be a whole number of steps"),
+        ({"lookahead": 1.5}, "lookahead is 1.5, and must be a whole number of cells"),
+        ({"lag": True}, "lag is True, and must be a whole number of ticks"),
+        ({"seed": None}, "seed is None, and must be a whole number"),
+        ({"steps": np.array([1.0])}, "steps is 0, and must be at least 1"),
+        ({"persistence": "all"}, "persistence is 'all', and must be from 0 to 1"),
+    ],
+)
+def test_what_is_no_whole_number_is_refused_in_one_sentence(change, message):
+    with raises(ValueError) as caught:
+        make_plan(**{"height": 128, "width": 128, "steps": 20, **change})
+    assert str(caught.value).startswith(message)
+
+
+@mark.parametrize("kind", [np.int64, np.uint8, np.int16])
+def test_numpy_s_integers_are_whole_numbers(kind):
+    numbers = {
+        "height": 128,
+        "width": 64,
+        "steps": 4,
+        "window": 32,
+        "overlap": 8,
+        "draft": 1,
+        "lookahead": 16,
+        "lag": 2,
+    }
+    plan = make_plan(**{name: kind(n) for name, n in numbers.items()}, multiple=kind(2), seed=kind(1))
+    assert plan == make_plan(**numbers, multiple=2, seed=1)
+    assert all(type(value) in (int, str, float) for value in asdict(plan).values())
+    assert plan_for(Card(), kind(128), kind(64), kind(4)) == plan_for(Card(), 128, 64, 4)
+    assert make_plan(128, 64, np.linspace(1, 0, 5)) == make_plan(128, 64, 4)
+
+
+def test_no_steps_are_refused_by_that_name():
+    for none in (0, np.int64(0), [1.0]):
+        with raises(ValueError, match="steps is 0, and must be at least 1"):
+            plan_for(Card(), 128, 128, none)
+        with raises(ValueError, match="steps is 0, and must be at least 1"):
+            plan_for(Card(), 128, 128, none, calls_per_step=2)
+
+
+@given(plans(), st.sampled_from([None, 30]))
+def test_a_sample_counts_strips_as_if_it_went_through_them_all(plan, cap):
+    plan = replace(plan, order="bottom-to-top", height=plan.height * 60)
+    exact = plan.cost(7, cap)
+    with MonkeyPatch.context() as patch:
+        patch.setattr(cost, "MOST", 64)
+        cost.count.cache_clear()
+        sampled = plan.cost(7, cap)
+        cost.count.cache_clear()
+    if cap is None:
+        assert sampled == exact
+    else:  # where the cap is reached the sum has a bend
+        assert replace(sampled, pairs=0) == replace(exact, pairs=0)
+        assert isclose(sampled.pairs, exact.pairs, rel_tol=0.02)
+
+
+@mark.parametrize("order", ["random", "spiral-out", "raster"])
+def test_a_sample_of_tiles_comes_near(order):
+    plan = make_plan(120, 140, 12, order, window=12, overlap=8, draft=4, lookahead=8, persistence=0.3)
+    with MonkeyPatch.context() as patch:
+        patch.setattr(cost, "WORK", 2**40)
+        exact = plan.cost(7)
+        cost.count.cache_clear()
+        patch.setattr(cost, "MOST", 256)
+        sampled = plan.cost(7)
+        cost.count.cache_clear()
+    assert replace(sampled, pairs=0, peak_visible_tokens=0) == replace(exact, pairs=0, peak_visible_tokens=0)
+    assert isclose(sampled.pairs, exact.pairs, rel_tol=0.02)
+    assert isclose(sampled.peak_visible_tokens, exact.peak_visible_tokens, rel_tol=0.2)
+
+
+@mark.parametrize(
+    "given",
+    [
+        {"height": 400_000, "width": 32, "lookahead": 64, "persistence": 0.5},
+        {"height": 40_000_000, "width": 32},
+        {"height": 1264, "width": 1264, "order": "random", "lookahead": 16, "persistence": 0.5},
+        {"height": 1264, "width": 1264, "order": "spiral-out", "lookahead": 700, "persistence": 0.99},
+    ],
+)
+def test_a_huge_plan_is_counted_in_seconds(given):
+    plan = make_plan(steps=20, window=16, overlap=12, draft=10, **given)
+    started = time.process_time()
+    assert plan.cost(512).relative > 1
+    assert time.process_time() - started < 15  # it takes 2; minutes, if each block were counted

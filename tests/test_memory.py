@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rolling_diffusion.core.memory import Memory, View
 from rolling_diffusion.core.order import Block, make_order
+from rolling_diffusion.core.rule import Rule
 
 LAYERS, HEADS, DIM = 2, 2, 4
 
@@ -42,7 +43,7 @@ TILES = {(b.top // 2, b.left // 2): b for b in make_order("raster", 10, 10, 2)} 
 
 
 def test_a_block_in_motion_sees_finished_and_waiting_blocks_but_never_itself():
-    memory = Memory(size=2)
+    memory = Memory(Rule(size=2))
     put(memory, "waiting", *STRIPS)
     put(memory, "finished", *STRIPS[:3])
     for block in STRIPS[:3]:
@@ -60,7 +61,7 @@ def test_a_block_in_motion_sees_finished_and_waiting_blocks_but_never_itself():
 
 def test_persistence_weighs_strips_by_age_and_drops_what_weighs_below_a_thousandth():
     p = 0.3  # p**5 = 0.0024 stays, p**6 = 0.0007 goes
-    memory = Memory(p, size=2)
+    memory = Memory(Rule(p, size=2, onward=True))
     put(memory, "finished", *STRIPS[:8])
     put(memory, "waiting", STRIPS[9])
     view = memory.view([STRIPS[8]])
@@ -74,15 +75,15 @@ def test_persistence_weighs_strips_by_age_and_drops_what_weighs_below_a_thousand
 
 def test_a_look_from_ahead_of_the_blocks_in_motion_frees_nothing():
     """Storing waiting blocks asks for a view from where they are, further on than the blocks in motion."""
-    for memory in (Memory(0.3, size=2), Memory(cap=24, sinks=0, size=2)):
+    for memory in (Memory(Rule(0.3, size=2, onward=True)), Memory(Rule(cap=24, sinks=0, size=2))):
         put(memory, "finished", *STRIPS[:3])
-        assert len(seen(memory.view([STRIPS[7]], free=False))) == (1 if memory.cap is None else 2)
+        assert len(seen(memory.view([STRIPS[7]], free=False))) == (1 if memory.rule.cap is None else 2)
         assert memory.tokens == 3 * 12
-        assert seen(memory.view([STRIPS[3]])) == ([0, 1, 2] if memory.cap is None else [1, 2])
+        assert seen(memory.view([STRIPS[3]])) == ([0, 1, 2] if memory.rule.cap is None else [1, 2])
 
 
 def test_tiles_weigh_by_their_distance_not_their_age():
-    memory = Memory(0.1, size=2)  # distances 1 and 2 weigh 0.1 and 0.01; 4 weighs too little
+    memory = Memory(Rule(0.1, size=2))  # distances 1 and 2 weigh 0.1 and 0.01; 4 weighs too little
     put(memory, "finished", TILES[0, 0], TILES[1, 1], TILES[2, 0], TILES[4, 4])
     view = memory.view([TILES[0, 1]])
     assert view is not None and view.bias is not None
@@ -94,37 +95,37 @@ def test_tiles_weigh_by_their_distance_not_their_age():
 
 
 def test_persistence_zero_stores_nothing_finished():
-    memory = Memory(0.0)
+    memory = Memory(Rule(0.0))
     put(memory, "finished", *STRIPS)
     assert memory.tokens == 0 and memory.view([STRIPS[0]]) is None
-    assert not memory.stores("finished") and memory.stores("waiting")
+    assert not memory.rule.stores("finished") and memory.rule.stores("waiting")
 
 
 @pytest.mark.parametrize(
     "lookahead, visible", [(None, [2, 3, 4, 5]), (0, []), (1, [2]), (2, [2]), (3, [2, 3]), (5, [2, 3, 4])]
 )
 def test_lookahead_counts_cells_from_the_nearest_block_in_motion(lookahead: int | None, visible: list[int]):
-    memory = Memory(lookahead=lookahead, size=2)
+    memory = Memory(Rule(lookahead=lookahead, size=2))
     put(memory, "waiting", *STRIPS[:6])
     memory.start(STRIPS[0])
     memory.start(STRIPS[1])
     assert seen(memory.view([STRIPS[0], STRIPS[1]])) == visible
-    assert memory.stores("waiting") == (lookahead != 0)
+    assert memory.rule.stores("waiting") == (lookahead != 0)
 
 
 def test_the_cap_keeps_sinks_then_the_nearest_and_frees_the_rest():
-    memory = Memory(cap=5 * 12, sinks=2, size=2)
+    memory = Memory(Rule(cap=5 * 12, sinks=2, size=2))
     for block in STRIPS[:9]:
         memory.view([block])
         put(memory, "finished", block)
         assert memory.tokens <= 6 * 12, "the cap, and the block just committed"
     assert seen(memory.view([STRIPS[9]])) == [0, 1, 6, 7, 8]
     assert memory.tokens == 5 * 12
-    assert Memory(cap=0).stores("finished") is False
+    assert Rule(cap=0).stores("finished") is False
 
 
 def test_the_cap_hides_far_waiting_blocks_without_forgetting_them():
-    memory = Memory(cap=2 * 12, sinks=0, size=2)
+    memory = Memory(Rule(cap=2 * 12, sinks=0, size=2))
     put(memory, "waiting", *STRIPS[1:6])
     assert seen(memory.view([STRIPS[0]])) == [1, 2]
     memory.start(STRIPS[1])
@@ -132,7 +133,7 @@ def test_the_cap_hides_far_waiting_blocks_without_forgetting_them():
 
 
 def test_concatenation_is_kept_while_the_visible_blocks_stay_and_memory_is_stored_once():
-    memory = Memory(0.9, size=2)
+    memory = Memory(Rule(0.9, size=2))
     put(memory, "finished", *STRIPS[:3])
     first = memory.view([STRIPS[3]])
     assert first is not None and memory.view([STRIPS[3]]) is first
@@ -150,7 +151,7 @@ def test_concatenation_is_kept_while_the_visible_blocks_stay_and_memory_is_store
 
 
 def test_a_hidden_block_does_not_keep_an_old_concatenation_alive():
-    memory = Memory(0.1, size=2)
+    memory = Memory(Rule(0.1, size=2))
     put(memory, "finished", TILES[0, 0], TILES[0, 1])
     assert len(seen(memory.view([TILES[1, 0]]))) == 2
     put(memory, "finished", TILES[4, 4])
@@ -165,7 +166,7 @@ def stored(memory: Memory, layer: int, only: Block | None = None) -> list[Tensor
 
 
 def test_put_stores_a_copy_of_its_own_not_the_whole_that_a_slice_belongs_to():
-    memory = Memory(size=2)
+    memory = Memory(Rule(size=2))
     whole = torch.randn(1, 1000, HEADS, DIM)
     memory.put("finished", STRIPS[0], 0, whole[:, :12], whole[:, 12:24])
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in stored(memory, 0))
@@ -174,7 +175,7 @@ def test_put_stores_a_copy_of_its_own_not_the_whole_that_a_slice_belongs_to():
 def test_gradients_end_at_put_unless_asked_for():
     x = torch.randn(1, 12, HEADS, DIM, requires_grad=True)
     for grad in (False, True):
-        memory = Memory(size=2, grad=grad)
+        memory = Memory(Rule(size=2), grad=grad)
         for block in STRIPS[:2]:
             memory.put("finished", block, 0, x * 2, x * 3)
         view = memory.view([STRIPS[2]])
@@ -186,13 +187,13 @@ def test_gradients_end_at_put_unless_asked_for():
 
 
 def test_memory_may_be_stored_elsewhere_than_it_is_computed():
-    memory = Memory(size=2, device="meta")  # any device that is not the computation's
+    memory = Memory(Rule(size=2), device="meta")  # any device that is not the computation's
     memory.put("finished", STRIPS[0], 0, *keys(STRIPS[0], 0))
     assert {t.device.type for t in stored(memory, 0)} == {"meta"}
 
 
 def test_below_persistence_one_memory_stays_flat_however_many_blocks_finish():
-    memory = Memory(0.5, size=2)
+    memory = Memory(Rule(0.5, size=2, onward=True))
     for i in range(2_000):
         block = Block(i, 2 * i, 0, 2, 6)
         memory.view([block])
@@ -204,7 +205,7 @@ def test_below_persistence_one_memory_stays_flat_however_many_blocks_finish():
     "kwargs, words",
     [
         ({"persistence": 1.5}, "persistence is 1.5"),
-        ({"persistence": -0.1}, "between 0"),
+        ({"persistence": -0.1}, "must be from 0 to 1"),
         ({"lookahead": -2}, "lookahead is -2"),
         ({"cap": -1}, "cap is -1"),
         ({"size": 0}, "size is 0"),
@@ -212,6 +213,6 @@ def test_below_persistence_one_memory_stays_flat_however_many_blocks_finish():
 )
 def test_bad_settings_are_named(kwargs: dict, words: str):
     with pytest.raises(ValueError, match=words):
-        Memory(**kwargs)
+        Memory(Rule(**kwargs))
     with pytest.raises(ValueError, match="'done'"):
         Memory().put("done", STRIPS[0], 0, *keys(STRIPS[0], 0))

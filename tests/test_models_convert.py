@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -10,17 +9,12 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
-from safetensors.torch import load_file
-from tiny_flux import models
+from tiny_flux import model
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from rolling_diffusion.models.convert import (
-    clip_to_comfy,
-    convert_folder,
     flux_from_comfy,
     flux_to_comfy,
-    t5_to_comfy,
     tiny_vae_to_comfy,
 )
 
@@ -31,7 +25,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("guidance", [False, True])
 def test_a_transformer_comes_back_from_comfyui_s_keys_unchanged(guidance: bool):
-    state = models(guidance)[0].state_dict()
+    state = model(guidance).state_dict()
     comfy = flux_to_comfy(state)
     assert comfy["double_blocks.1.img_attn.qkv.weight"].shape == (96, 32)
     assert comfy["single_blocks.1.linear1.bias"].shape == (96 + 128,)
@@ -57,7 +51,7 @@ def test_diffusers_reads_converted_keys_as_flux_1(guidance: bool):
 
 
 def test_tensors_that_are_not_flux_are_refused():
-    state = models()[0].state_dict()
+    state = model().state_dict()
     with pytest.raises(ValueError, match=r"to_q.lora_A.*fuse LoRA"):
         flux_to_comfy({**state, "transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"no img_in\.weight"):
@@ -92,55 +86,6 @@ def test_comfyui_s_tiny_autoencoder_decodes_and_encodes_as_diffusers_does():
     torch.testing.assert_close((encoded - 0.1159) * 0.3611, expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="num_decoder_blocks"):
         tiny_vae_to_comfy(vae.state_dict(), {**vae.config, "num_decoder_blocks": [1, 1, 1, 1]})
-
-
-def text_encoders() -> tuple[CLIPTextModel, T5EncoderModel]:
-    sizes = {"vocab_size": 99, "bos_token_id": 0, "eos_token_id": 1}
-    clip = CLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, **sizes)
-    t5 = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99, feed_forward_proj="gated-gelu")
-    return CLIPTextModel(clip), T5EncoderModel(t5)
-
-
-def test_text_encoders_get_the_keys_that_comfyui_detects():
-    clip, t5 = text_encoders()
-    state = clip_to_comfy(clip.state_dict())
-    assert all(key.startswith("text_model.") for key in state) and len(state) == len(clip.state_dict())
-    assert equal(clip_to_comfy(state), state)
-    state = t5_to_comfy(t5.state_dict())
-    assert "shared.weight" in state and "encoder.embed_tokens.weight" not in state
-    assert "encoder.block.0.layer.0.SelfAttention.k.weight" in state
-    with pytest.raises(ValueError, match="second layer"):
-        clip_to_comfy({"encoder.layers.0.mlp.fc1.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match="not the state dict of a T5"):
-        t5_to_comfy({"encoder.block.0.layer_norm.weight": torch.zeros(1)})
-
-
-def test_a_model_folder_becomes_four_files(tmp_path):
-    _, rolling = models()
-    clip, t5 = text_encoders()
-    vae = AutoencoderTiny(latent_channels=16)
-    folder = tmp_path / "little"
-    for name, part in (("transformer", rolling), ("text_encoder", clip), ("text_encoder_2", t5), ("vae", vae)):
-        part.save_pretrained(folder / name)
-    files = convert_folder(folder, tmp_path / "models")
-    assert [str(file.relative_to(tmp_path / "models")) for file in files] == [
-        "diffusion_models/little.safetensors",
-        "text_encoders/little_clip_l.safetensors",
-        "text_encoders/little_t5.safetensors",
-        "vae/little.safetensors",
-    ]
-    assert equal(flux_from_comfy(load_file(files[0])), rolling.state_dict())
-    assert load_file(files[3])["vae_scale"].item() == pytest.approx(0.3611)
-
-    config = folder / "vae" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "AutoencoderKL"}))
-    with pytest.raises(ValueError, match="AutoencoderTiny"):
-        convert_folder(folder, tmp_path / "other")
-    (folder / "text_encoder_2" / "model.safetensors").unlink()
-    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "AutoencoderTiny"}))
-    with pytest.raises(ValueError, match="text_encoder_2 holds no"):
-        convert_folder(folder, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
 
 
 def test_conversion_needs_no_diffusers():

@@ -1,5 +1,7 @@
 """The picture of a plan tells the truth about it."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,23 @@ def test_the_heat_map_lights_up_in_order(order):
     scale = (right - left) / 32
     corners = [image[int(top + b.top * scale) + 4, int(left + b.left * scale) + 4] for b in plan.blocks]
     assert np.array_equal(corners, picture.ramp(picture.ORDER, np.linspace(0, 1, len(plan.blocks))))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_many_small_blocks_are_drawn_in_their_order(order):
+    plan = make_plan(4 * 115, 4 * 115, 8, order, window=8, overlap=4)  # a pixel a cell
+    image = np.asarray(picture.plan_picture(plan))
+    left, top = picture.CANVAS[:2]
+    for y, x in ((0, 0), (20, 400), (230, 232), (459, 10), (459, 459)):
+        expected = picture.ramp(picture.ORDER, np.array(plan.blocks.at(y, x) / (len(plan.blocks) - 1)))
+        assert np.array_equal(image[top + y, left + x], expected)
+
+
+def test_a_huge_plan_is_drawn_in_seconds():
+    plan = make_plan(1264, 1264, 20, "random", window=16, overlap=12, draft=10, lookahead=16, persistence=0.5)
+    started = time.process_time()
+    picture.plan_picture(plan)
+    assert time.process_time() - started < 15  # it takes 3; minutes, if each block were counted and drawn
 
 
 def test_the_chart_starts_in_noise_and_ends_clean():

@@ -53,7 +53,7 @@ def describe(plan: Plan, text_tokens: int) -> str:
     reach = {None: "the whole canvas", 0: "nothing"}.get(plan.lookahead, f"{plan.lookahead} cells")
     lines = [
         f"canvas   {plan.width * 8} × {plan.height * 8} pixels = {plan.width} × {plan.height} cells",
-        f"blocks   {len(plan.blocks)} of {first.width} × {first.height} cells, {plan.order}",
+        f"blocks   {len(plan.blocks)} of {first.width} × {first.height} cells, {plan.blocks.name}",
         f"window   {plan.window} cells, overlap {plan.overlap}: at most {plan.capacity} blocks in motion",
         f"steps    {plan.steps} a block, {plan.draft} of them in the draft; lag {plan.lag} ticks",
         f"memory   finished blocks at persistence {plan.persistence:g}, waiting blocks: {reach}",

@@ -12,8 +12,8 @@ Nothing is patched: one sampling run carries its wrappers in its own copy of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import comfy.ldm.flux.model
@@ -58,15 +58,12 @@ class FluxDenoiser(Canvas):
         self,
         *args: Any,
         plan: Plan,
-        persistence: float = 1.0,
-        lookahead: int | None = None,
         cap: int | None = None,
         context_noise: float = 0.0,
     ):
         super().__init__(*args)
         self.plan, self.context_noise = plan, context_noise
-        self.remember: Callable[[], Memory] = lambda: Memory(persistence, lookahead, cap, size=plan.size)
-        self.rules = self.remember()
+        self.rule = replace(plan.rule, cap=cap)
         self.memories: dict[Branch, Memory] = {}
         self.stored: dict[Branch, frozenset] = {}  # the same blocks stored: two conditionings can share a call
         self.call: Call | None = None
@@ -78,7 +75,7 @@ class FluxDenoiser(Canvas):
     # --- the denoiser protocol -------------------------------------------------------------------------------------
 
     def denoise(self, moving: Sequence[Moving], keep: bool = False) -> Sequence[Tensor]:
-        if keep and not self.rules.stores("waiting"):
+        if keep and not self.rule.stores("waiting"):
             return [m.x for m in moving]
         level = {float(m.sigma) for m in moving}
         if not keep and len(level) == 1 and not self.memories and self.covers([m.block for m in moving]):
@@ -99,7 +96,7 @@ class FluxDenoiser(Canvas):
     def commit(self, block: Block, x0: Tensor) -> None:
         self.paste(self.x, block, x0)
         self.paste(self.x0, block, x0)
-        if not self.rules.stores("finished"):
+        if not self.rule.stores("finished"):
             return
         sigma = self.context_noise
         if sigma > 0:
@@ -202,7 +199,7 @@ class FluxDenoiser(Canvas):
         memories = []
         if call.store:
             for branch in branches:
-                memories.append(self.memories.setdefault(branch, self.remember()))
+                memories.append(self.memories.setdefault(branch, Memory(self.rule)))
                 self.stored[branch] = self.stored.get(branch, frozenset()) | {(call.store, b) for b in call.blocks}
         one = FluxCall(model, self.sampling, call, area, self.patch, views if any(views) else [], memories)
         if not one.tokens:

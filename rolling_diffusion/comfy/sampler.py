@@ -125,8 +125,6 @@ class _Run:
             self.canvas: FluxDenoiser | WindowDenoiser = FluxDenoiser(
                 *arguments,
                 plan=self.plan,
-                persistence=settings.persistence,
-                lookahead=self.plan.lookahead,
                 cap=settings.memory_cap or None,
                 context_noise=settings.context_noise,
             )
@@ -208,8 +206,8 @@ class _Run:
         last = plan.start(len(plan.blocks) - 1, draft, run) + (run if not plan.alone else run + draft)
         cost = plan.cost()
         if isinstance(self.canvas, FluxDenoiser):
-            rules = self.canvas.rules
-            return last + cost.waiting_calls * rules.stores("waiting") + cost.commits * rules.stores("finished")
+            rule = self.canvas.rule
+            return last + cost.waiting_calls * rule.stores("waiting") + cost.commits * rule.stores("finished")
         return last if plan.alone else draft + run * len(plan.blocks)
 
     def _count(self, steps: int) -> int:

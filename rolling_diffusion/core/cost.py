@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import TYPE_CHECKING
+import random
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from operator import sub
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from .plan import Plan
+from .order import Order, whole
+from .rule import Kind, Rule
 
-FAINT = 1e-3  # finished blocks whose attention weight is below this are dropped from memory
+WORK = 2**21  # neighbours looked at in a count, about; a second or two
+FEWEST, MOST = 32, 8192  # turns that are counted, however much or little there is to look at in each
+MANY = 2**20  # blocks that are not even gone through one by one
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,11 @@ class Cost:
     token_evaluations    tokens computed in all calls, text included in each
     relative             token_evaluations against a full pass, which is `steps` calls of the whole canvas and the text
     pairs                query-key pairs that attention computes in all calls, in one head of one layer
+
+    A plan of more than 8192 blocks, or of hundreds of tiles that see hundreds each, is counted by a sample: turns of
+    the first and the last blocks, and pairs of turns evenly strewn between. For strips that is exact, but for a bend
+    where memory fills up to its cap. For tiles, pairs and peak_visible_tokens are then estimates, and beyond a million
+    blocks waiting_calls, token_evaluations and relative too.
     """
 
     ticks: int
@@ -40,101 +49,202 @@ class Cost:
     pairs: int
 
 
-def count(plan: Plan, text_tokens: int, cap: int | None) -> Cost:
+class Schedule(Protocol):
+    """What is counted of a plan; `Plan` says what its parts mean."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def draft(self) -> int: ...
+    @property
+    def lag(self) -> int: ...
+    @property
+    def multiple(self) -> int: ...
+    @property
+    def blocks(self) -> Order: ...
+    @property
+    def rule(self) -> Rule: ...
+    @property
+    def alone(self) -> bool: ...
+    @property
+    def waits(self) -> bool: ...
+    @property
+    def commits(self) -> bool: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def ticks(self) -> int: ...
+    def moving(self, k: int) -> range: ...
+    def arriving(self, g: int) -> Sequence[int]: ...
+
+
+@lru_cache(8)
+def count(plan: Schedule, text_tokens: int, cap: int | None) -> Cost:
     """`Plan.cost`."""
-    return _Count(plan, text_tokens, cap).cost()
+    return _Count(plan, whole("text_tokens", text_tokens, 0), replace(plan.rule, cap=cap)).cost()
 
 
 class _Count:
-    def __init__(self, plan: Plan, text: int, cap: int | None):
-        self.plan, self.text, self.cap = plan, text, cap
-        self.ends = list(accumulate(map(plan.tokens, plan.blocks), initial=0))  # ends[g]: tokens of the blocks before g
+    def __init__(self, plan: Schedule, text: int, rule: Rule):
+        self.plan, self.text, self.rule, self.blocks = plan, text, rule, plan.blocks
+        self.kinds: list[Kind] = [*(["finished"] if plan.commits else []), *(["waiting"] if plan.waits else [])]
+        ends = list(map(self.before, range(len(self.blocks) + 1))) if len(self.blocks) <= MANY else []
+        sizes = list(map(sub, ends[1:], ends))
+        self.size = sizes.__getitem__ if sizes else lambda g: self.before(g + 1) - self.before(g)
+        reaches = [reach for reach in map(rule.within, self.kinds) if reach]
+        middle = self.blocks[len(self.blocks) // 2]
+        around = 1 + sum(len(self.blocks.near(middle, reach)) for reach in reaches)
+        self.most = min(MOST, max(FEWEST, WORK // (around * plan.capacity)))
+        self.count = -(-(plan.ticks - plan.draft) // (plan.lag or 1))  # turns
+        self.near = lru_cache(max(64, WORK // (8 * around)))(lambda g, cells: self.blocks.near(self.blocks[g], cells))
 
     def cost(self) -> Cost:
-        plan, ends = self.plan, self.ends
-        blocks = len(plan.blocks)
-        arrivals = [new for new in plan.arrivals() if new]
-        commits = blocks - 1 if plan.commits else 0
-        moved = plan.steps * ends[-1]
-        kept = sum(self.tokens(new) for new in arrivals) + ends[commits]
-        evaluations = moved + kept + self.text * (plan.ticks + len(arrivals) + commits)
-
-        peak_moving = peak_visible = 0
-        for g in [0] if plan.alone else range(blocks):
-            moving = plan.moving(plan.start(g))
-            here = self.tokens(moving)
-            peak_moving = max(peak_moving, here)
-            peak_visible = max(peak_visible, self.text + here + self.stored(moving, moving))
+        plan, canvas = self.plan, self.before(len(self.blocks))
+        commits = len(self.blocks) - 1 if plan.commits else 0
+        if plan.alone:
+            turns = _Turn(pairs=plan.steps * self.attend(canvas, 0), moving=canvas, visible=self.text + canvas)
+        else:
+            turns = self.turns(commits)
+            turns.pairs += plan.draft * self.attend(canvas, 0)
+        moved = plan.steps * canvas
+        kept = turns.stored + self.before(commits)
+        evaluations = moved + kept + self.text * (plan.ticks + turns.calls + commits)
         return Cost(
             ticks=plan.ticks,
-            waiting_calls=len(arrivals),
+            waiting_calls=turns.calls,
             commits=commits,
             tokens_per_tick=moved / plan.ticks + self.text,
-            peak_moving_tokens=peak_moving,
-            peak_visible_tokens=peak_visible,
+            peak_moving_tokens=turns.moving,
+            peak_visible_tokens=turns.visible,
             token_evaluations=evaluations,
-            relative=evaluations / (plan.steps * (ends[-1] + self.text)),
-            pairs=self.pairs(commits),
+            relative=evaluations / (plan.steps * (canvas + self.text)),
+            pairs=turns.pairs,
         )
 
-    def pairs(self, commits: int) -> int:
-        plan = self.plan
-        total = (plan.steps if plan.alone else plan.draft) * self.attend(range(len(plan.blocks)), 0)
+    def turns(self, commits: int) -> _Turn:
+        """All turns: sums, and the greatest peaks."""
+        calls = stored = pairs = 0
+        moving = visible = 0
+        for g, weight in _sample(self.count, self.most):
+            turn = self.turn(g, g < commits)
+            calls += weight * turn.calls
+            stored += weight * turn.stored
+            pairs += weight * turn.pairs
+            moving, visible = max(moving, turn.moving), max(visible, turn.visible)
+        if len(self.blocks) <= MANY:
+            calls, stored = self.arrivals()
+            return _Turn(calls, stored, pairs // 2, moving, visible)
+        return _Turn(calls // 2, stored // 2, pairs // 2, moving, visible)
+
+    def arrivals(self) -> tuple[int, int]:
+        """Calls that store waiting blocks, and tokens in them: exact."""
+        blocks, reach = self.blocks, self.rule.within("waiting")
+        if "waiting" not in self.kinds or reach is None:
+            return self.kinds.count("waiting"), self.before(len(blocks)) * self.kinds.count("waiting")
+        first = [blocks.earliest(i, reach) for i in range(len(blocks))]
+        calls = {g for i, g in enumerate(first) if g < i}
+        return len(calls), self.tokens(i for i, g in enumerate(first) if g < i or i in calls)
+
+    def turn(self, g: int, commits: bool) -> _Turn:
+        """From the start of block g, or a lag after the last turn, to the next turn; and g's commit."""
+        plan, turn = self.plan, _Turn()
+        start = plan.draft + g * plan.lag
         moving, here = range(0), 0
-        for k in range(plan.draft, 0 if plan.alone else plan.ticks):
+        for k in range(start, min(start + plan.lag, plan.ticks)):
             if plan.moving(k) != moving:
                 moving = plan.moving(k)
-                here = self.attend(moving, self.stored(moving, moving))
-            total += here
-        known: set[int] = set()  # waiting blocks in memory
-        for g, new in enumerate(plan.arrivals()):
-            if new:
-                finished = self.finished(new, plan.moving(plan.start(g)).start)
-                others = self.near(new, plan.lookahead) & known if plan.lookahead is not None else set()
-                total += self.attend(new, self.shown(finished + self.tokens(others - set(new))))
-                known.update(new)
-            known.discard(g)
-        for g in range(commits):  # a block is committed after its last tick, before another one starts
-            last = plan.moving(plan.start(g) + plan.steps - plan.draft - 1)
-            total += self.attend([g], self.stored([g], last))
-        return total
+                seen = self.seen(moving, moving.start, moving.stop)
+                here = self.attend(self.tokens(moving), seen)
+                if k == start:
+                    turn.moving = self.tokens(moving)
+                    turn.visible = self.text + turn.moving + seen
+            turn.pairs += here
+        new = plan.arriving(g) if g < len(self.blocks) else ()
+        if new:
+            turn.calls, turn.stored = 1, self.tokens(new)
+            turn.pairs += self.attend(turn.stored, self.seen_on_arrival(new, g, plan.moving(start).start))
+        if commits:  # after its last tick, before another one starts
+            end = plan.moving(start + plan.steps - plan.draft - 1)
+            turn.pairs += self.attend(self.before(g + 1) - self.before(g), self.seen([g], end.start, end.stop))
+        return turn
 
-    def attend(self, blocks: Iterable[int], stored: int) -> int:
-        """Pairs of one call on these blocks, which memory shows so many tokens."""
-        own = self.tokens(blocks) + self.text
-        return own * (own + stored)
+    def attend(self, tokens: int, seen: int) -> int:
+        """Pairs of one call on so many tokens of the image, which memory shows so many others."""
+        own = tokens + self.text
+        return own * (own + seen)
+
+    def seen(self, blocks: Sequence[int], finished: int, waiting: int) -> int:
+        """Tokens that memory shows to blocks: of those before `finished` and of those from `waiting` on."""
+        total = 0
+        for kind in self.kinds:
+            reach = self.rule.within(kind)
+            ahead = kind == "waiting"
+            if reach is None:
+                total += self.before(len(self.blocks)) - self.before(waiting) if ahead else self.before(finished)
+            elif reach:
+                total += self.tokens(self.around(blocks, reach, waiting if ahead else finished, ahead))
+        return self.capped(total)
+
+    def seen_on_arrival(self, new: Sequence[int], g: int, finished: int) -> int:
+        """Tokens that memory shows to waiting blocks that are stored as block g starts: also of those stored before."""
+        reach = self.rule.within("finished") if "finished" in self.kinds else 0
+        total = self.before(finished)
+        if reach is not None:
+            total = self.tokens(self.around(new, reach, finished, False)) if reach else 0
+        ahead = self.rule.within("waiting")
+        if ahead is not None:
+            total += self.tokens(i for i in self.around(new, ahead, g, True) if self.blocks.earliest(i, ahead) < g)
+        return self.capped(total)
+
+    def around(self, blocks: Sequence[int], reach: int, bound: int, ahead: bool) -> set[int]:
+        """Blocks near any of these, of those from `bound` on, or before it.
+
+        In a sample, of very many that see very many only some are asked: they see nearly the same.
+        """
+        found: set[int] = set()
+        most = len(blocks) if self.count <= self.most else 1 + 2**17 // len(self.near(blocks[0], reach))
+        for g in blocks[:: -(-len(blocks) // most)]:
+            near = self.near(g, reach)
+            at = bisect_left(near, bound)
+            found.update(near[at:] if ahead else near[:at])
+        return found
 
     def tokens(self, blocks: Iterable[int]) -> int:
         if isinstance(blocks, range):
-            return self.ends[blocks.stop] - self.ends[blocks.start]
-        return sum(self.ends[i + 1] - self.ends[i] for i in blocks)
+            return self.before(blocks.stop) - self.before(blocks.start)
+        return sum(map(self.size, blocks))
 
-    def stored(self, blocks: Iterable[int], moving: range) -> int:
-        """Tokens that memory shows to blocks while those of `moving` have started and are not finished."""
-        return self.shown(self.finished(blocks, moving.start) + self.waiting(blocks, moving.stop))
+    def before(self, g: int) -> int:
+        """Tokens of all blocks before g."""
+        return self.blocks.cells_before(g) // self.plan.multiple**2
 
-    def shown(self, tokens: int) -> int:
-        return tokens if self.cap is None else min(self.cap, tokens)
+    def capped(self, tokens: int) -> int:
+        return tokens if self.rule.cap is None else min(self.rule.cap, tokens)
 
-    def finished(self, blocks: Iterable[int], stop: int) -> int:
-        """Tokens of finished blocks, those before `stop`, that `blocks` see."""
-        plan = self.plan
-        if not plan.commits:
-            return 0
-        if plan.persistence == 1:
-            return self.ends[stop]
-        depth = math.floor(math.log(FAINT) / math.log(plan.persistence))  # p**a >= FAINT up to this distance a
-        return self.tokens(i for i in self.near(blocks, depth * plan.size) if i < stop) if depth else 0
 
-    def waiting(self, blocks: Iterable[int], start: int) -> int:
-        """Tokens of waiting blocks, those from `start` on, that `blocks` see."""
-        if not self.plan.waits:
-            return 0
-        if self.plan.lookahead is None:
-            return self.ends[-1] - self.ends[start]
-        return self.tokens(i for i in self.near(blocks, self.plan.lookahead) if i >= start)
+@dataclass
+class _Turn:
+    """What happens from the start of a block to that of the next one."""
 
-    def near(self, blocks: Iterable[int], cells: int | None) -> set[int]:
-        """Blocks with fewer than so many cells between them and one of these."""
-        assert cells is not None
-        return {i for g in blocks for i in self.plan.blocks.near(self.plan.blocks[g], cells)}
+    calls: int = 0  # that store waiting blocks
+    stored: int = 0  # tokens in them
+    pairs: int = 0
+    moving: int = 0  # tokens, at the start
+    visible: int = 0
+
+
+def _sample(blocks: int, most: int) -> Iterator[tuple[int, int]]:
+    """Indices of at most so many blocks, and twice the number of blocks that each of them stands for.
+
+    All of them, or a quarter at either end, and between them pairs that lie evenly about the middle of a stretch: sums
+    of what is even, or grows evenly, are exact, and what repeats is not met in step.
+    """
+    if blocks <= most:
+        yield from ((g, 2) for g in range(blocks))
+        return
+    edge, draw = most // 4, random.Random(0)
+    yield from ((g, 2) for g in (*range(edge), *range(blocks - edge, blocks)))
+    cuts = [edge + (blocks - 2 * edge) * i // edge for i in range(edge + 1)]
+    for low, high in zip(cuts, cuts[1:]):
+        aside = draw.randrange(high - low)
+        yield from ((low + aside, high - low), (high - 1 - aside, high - low))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .cost import FAINT
+from .order import Block
+from .rule import Kind, Rule
 
-if TYPE_CHECKING:
-    from .order import Block
-
-    KeyValue = tuple[Tensor, Tensor]  # key after RoPE and value, each (B, tokens, heads, dim)
-    Layers = dict[int, KeyValue]
+KeyValue = tuple[Tensor, Tensor]  # key after RoPE and value, each (B, tokens, heads, dim)
+Layers = dict[int, KeyValue]
 
 
 class View:
@@ -62,53 +59,24 @@ class _Joined:
 
 
 class Memory:
-    """Keys and values that blocks in motion attend to; one Memory per conditioning branch.
+    """Keys and values that blocks in motion attend to, by a rule; one Memory per conditioning branch.
 
-    A finished block's unnormalised attention weight is persistence**a, a being its distance to the nearest block in
-    motion, in blocks of `size` cells (None: as thick as the first block stored); for strips that is its age. Weights
-    below FAINT are dropped. Waiting blocks weigh 1 and are seen when fewer than `lookahead` cells (None: any number)
-    lie between them and a block in motion. `cap` bounds the tokens that are seen, and the finished ones that stay
-    stored once a view has been taken: the first `sinks` blocks of the order, then the nearest. `device`: where to
-    store (None: where they were computed). Gradients end at `put`, unless grad=True.
+    Under the rule's cap, finished blocks that are not seen are freed when a view is taken. `device`: where to store
+    (None: where they were computed). Gradients end at `put`, unless grad=True.
     """
 
-    def __init__(
-        self,
-        persistence: float = 1.0,
-        lookahead: int | None = None,
-        cap: int | None = None,
-        sinks: int = 1,
-        size: int | None = None,
-        device: torch.device | str | None = None,
-        grad: bool = False,
-    ):
-        if not 0 <= persistence <= 1:
-            raise ValueError(f"persistence is {persistence}, but it must lie between 0 (none) and 1 (full memory).")
-        for name, value in (("lookahead", lookahead), ("cap", cap), ("sinks", sinks)):
-            if value is not None and value < 0:
-                raise ValueError(f"{name} is {value}, but it must be 0 or more.")
-        if size is not None and size < 1:
-            raise ValueError(f"size is {size}, but blocks are at least 1 cell thick.")
-        self.persistence, self.lookahead, self.cap, self.sinks, self.size = persistence, lookahead, cap, sinks, size
-        self.device, self.grad = device, grad
-        # The largest distance a with persistence**a at least FAINT.
-        self._reach = math.floor(math.log(FAINT) / math.log(persistence)) if 0 < persistence < 1 else math.inf
-        self._stored: dict[str, dict[Block, Layers]] = {"finished": {}, "waiting": {}}
+    def __init__(self, rule: Rule | None = None, *, device: torch.device | str | None = None, grad: bool = False):
+        self.rule, self.device, self.grad = rule or Rule(), device, grad
+        self._stored: dict[Kind, dict[Block, Layers]] = {"finished": {}, "waiting": {}}
         self._compute: torch.device | None = None
         self._forget()
 
-    def stores(self, kind: str) -> bool:
-        """Whether blocks of this kind, "finished" or "waiting", are kept at all; if not, nothing need be computed."""
-        if kind not in self._stored:
-            raise ValueError(f'memory knows "finished" and "waiting" blocks, not {kind!r}.')
-        return (self.persistence > 0 if kind == "finished" else self.lookahead != 0) and self.cap != 0
-
-    def put(self, kind: str, block: Block, layer: int, key: Tensor, value: Tensor) -> None:
+    def put(self, kind: Kind, block: Block, layer: int, key: Tensor, value: Tensor) -> None:
         """Store a copy of one layer's key (after RoPE) and value of a block, each (B, tokens, heads, dim)."""
-        if not self.stores(kind):
+        if not self.rule.stores(kind):
             return
-        if self.size is None:
-            self.size = min(block.height, block.width)
+        if self.rule.size is None:
+            self.rule = replace(self.rule, size=min(block.height, block.width))
         self._compute = key.device
         self._stored[kind].setdefault(block, {})[layer] = (self._own(key), self._own(value))
         self._view.clear()
@@ -143,32 +111,26 @@ class Memory:
         return self._view[question]
 
     def _select(self, moving: Sequence[Block], waiting: bool, free: bool) -> View | None:
-        size = self.size or 1
-        seen: list[tuple[str, Block, int]] = []  # kind, block, distance in blocks
-        for block, cells in _gaps(self._stored["finished"], moving):
-            distance = math.ceil(cells / size) + 1
-            if distance <= self._reach:
-                seen.append(("finished", block, distance))
-            elif free and max(block.height, block.width) > size:
-                del self._stored["finished"][block]  # a strip is never near again; a tile may be, in a spiral
-        for block, cells in _gaps(self._stored["waiting"], moving) if waiting else ():
-            if self.lookahead is None or cells < self.lookahead:
-                seen.append(("waiting", block, math.ceil(cells / size) + 1))
-        if self.cap is not None:
-            seen = self._fit(seen, self.cap, free)
+        rule = self.rule
+        kinds: tuple[Kind, ...] = ("finished", "waiting") if waiting else ("finished",)
+        seen: list[tuple[Kind, Block, int]] = []  # kind, block, cells between it and the nearest block in motion
+        for kind in kinds:
+            within = rule.within(kind)
+            for block, gap in _gaps(self._stored[kind], moving):
+                if within is None or gap < within:
+                    seen.append((kind, block, gap))
+                elif kind == "finished" and free and rule.onward:
+                    del self._stored[kind][block]
+        if rule.cap is not None:
+            seen = self._fit(seen, rule.cap, free)
         if not seen:
             return None
         return View(self._join([(kind, block) for kind, block, _ in seen]), self._bias(seen))
 
-    def _fit(self, seen: list[tuple[str, Block, int]], cap: int, free: bool) -> list[tuple[str, Block, int]]:
-        """Sinks first, then the nearest, up to cap tokens; finished blocks that are left out of them are freed."""
-
-        def rank(item: tuple[str, Block, int]) -> tuple[bool, int, int]:
-            kind, block, distance = item
-            return not (kind == "finished" and block.index < self.sinks), distance, -block.index
-
+    def _fit(self, seen: list[tuple[Kind, Block, int]], cap: int, free: bool) -> list[tuple[Kind, Block, int]]:
+        """Those that rank first, up to cap tokens; finished blocks that are left out of them are freed."""
         kept, total = set(), 0
-        for kind, block, _ in sorted(seen, key=rank):
+        for kind, block, _ in sorted(seen, key=lambda item: self.rule.rank(*item)):
             total += _tokens(self._stored[kind][block])
             if total > cap:
                 break
@@ -178,7 +140,7 @@ class Memory:
                 del self._stored["finished"][block]
         return [item for item in seen if item[:2] in kept]
 
-    def _join(self, chosen: list[tuple[str, Block]]) -> _Joined:
+    def _join(self, chosen: list[tuple[Kind, Block]]) -> _Joined:
         """The concatenation of the chosen blocks, reused while they stay the same."""
         if chosen != self._chosen or self._joined is None:
             for kind, block in set(self._chosen) - set(chosen):  # a slice must not keep the whole alive
@@ -189,11 +151,11 @@ class Memory:
             self._chosen = chosen
         return self._joined
 
-    def _bias(self, seen: list[tuple[str, Block, int]]) -> Tensor | None:
-        """(tokens,): a ln p for finished blocks, 0 for waiting ones; None when all are 0."""
-        if self.persistence == 1 or all(kind == "waiting" for kind, _, _ in seen):
+    def _bias(self, seen: list[tuple[Kind, Block, int]]) -> Tensor | None:
+        """(tokens,), the logarithm of each token's weight; None when all are 0."""
+        logs = [self.rule.bias(kind, gap) for kind, _, gap in seen]
+        if not any(logs):
             return None
-        logs = [distance * math.log(self.persistence) if kind == "finished" else 0.0 for kind, _, distance in seen]
         counts = [_tokens(self._stored[kind][block]) for kind, block, _ in seen]
         return torch.tensor(logs, dtype=torch.float32).repeat_interleave(torch.tensor(counts)).to(self._compute)
 
@@ -208,7 +170,7 @@ class Memory:
     def _forget(self) -> None:
         self._view: dict[tuple, View | None] = {}
         self._joined: _Joined | None = None
-        self._chosen: list[tuple[str, Block]] = []
+        self._chosen: list[tuple[Kind, Block]] = []
 
 
 def _tokens(layers: Layers) -> int:

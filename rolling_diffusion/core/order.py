@@ -1,17 +1,91 @@
-"""Orders: the canvas cut into blocks, and the sequence in which they are generated."""
+"""Orders: the canvas cut into blocks, and the sequence in which they are generated.
+
+A new order is one decorated function, from a grid of blocks to a path through it:
+
+    @order("columns")
+    def _columns(down, across, seed):
+        return [r * across + c for c in range(across) for r in range(down)]
+"""
 
 from __future__ import annotations
 
+import operator
 import random
-from collections.abc import Sequence
+from abc import abstractmethod
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from itertools import accumulate, chain
+from typing import Any, NamedTuple, overload
 
-ROW_ORDERS = ("top-to-bottom", "bottom-to-top")
-COLUMN_ORDERS = ("left-to-right", "right-to-left")
-TILE_ORDERS = ("spiral-out", "spiral-in", "raster", "random")
-ORDERS = ROW_ORDERS + COLUMN_ORDERS + TILE_ORDERS
+Walk = Callable[[int, int, int], Sequence[int]]
+"""(blocks down, blocks across, seed) to the flat positions of the grid, row * across + column, each once."""
+
+
+class Route(NamedTuple):
+    """A named way over the canvas."""
+
+    name: str
+    path: Walk
+    axis: str  # "rows" or "columns": strips that lie one below, or beside, the other; "tiles"
+    backwards: bool  # are strips cut from the far edge, so that the last one, not the first, may be smaller?
+
+
+ROUTES: dict[str, Route] = {}
+
+
+def order(name: str, axis: str = "tiles", backwards: bool = False) -> Callable[[Walk], Walk]:
+    """Registers a function as the order `name`, over tiles, or over strips along an axis, "rows" or "columns"."""
+
+    def register(path: Walk) -> Walk:
+        ROUTES[name] = Route(name, path, axis, backwards)
+        return path
+
+    return register
+
+
+def _straight(down: int, across: int, seed: int) -> Sequence[int]:
+    return range(down * across)
+
+
+order("top-to-bottom", "rows")(_straight)
+order("bottom-to-top", "rows", backwards=True)(_straight)
+order("left-to-right", "columns")(_straight)
+order("right-to-left", "columns", backwards=True)(_straight)
+
+
+@order("spiral-out")
+def _outwards(down: int, across: int, seed: int) -> Sequence[int]:
+    return _inwards(down, across, seed)[::-1]
+
+
+@order("spiral-in")
+def _inwards(down: int, across: int, seed: int) -> Sequence[int]:
+    """Clockwise from the top left corner to the centre, ring by ring."""
+    path: list[int] = []
+    top, left, low, right = 0, 0, (down - 1) * across, across - 1  # edges of a ring; rows as positions in column 0
+    while top <= low and left <= right:
+        path += range(top + left, top + right + 1)
+        path += range(top + across + right, low + right + 1, across)
+        if top < low:
+            path += range(low + right - 1, low + left - 1, -1)
+        if left < right:
+            path += range(low - across + left, top + left, -across)
+        top, left, low, right = top + across, left + 1, low - across, right - 1
+    return path
+
+
+order("raster")(_straight)
+
+
+@order("random")
+def _random(down: int, across: int, seed: int) -> Sequence[int]:
+    draw = random.Random(seed)
+    return sorted(range(down * across), key=lambda _: draw.random())
+
+
+ORDERS = tuple(ROUTES)
 
 
 @dataclass(frozen=True)
@@ -46,47 +120,43 @@ class Block:
         return max(down, across, 0)
 
 
-@dataclass(frozen=True)
 class Order(Sequence[Block]):
-    """The blocks of a height × width canvas (cells), in order: disjoint, together the whole canvas.
-
-    Rows and columns are cut into strips `size` cells thick, the other orders into size × size tiles; blocks at the far
-    edge may be smaller. A block is worked out when it is asked for, so an order of any length costs nothing.
-    """
+    """The blocks of a height × width canvas (cells), in order: disjoint, together the whole canvas."""
 
     name: str
     height: int
     width: int
-    size: int
-    seed: int = 0
+    size: int  # thickness of the blocks
 
-    @cached_property
-    def grid(self) -> tuple[int, int]:
-        """Blocks down and across."""
-        down = 1 if self.name in COLUMN_ORDERS else -(-self.height // self.size)
-        across = 1 if self.name in ROW_ORDERS else -(-self.width // self.size)
-        return down, across
+    @property
+    @abstractmethod
+    def tiled(self) -> bool:
+        """Is the canvas cut along both axes?"""
 
-    @cached_property
-    def path(self) -> Sequence[int]:
-        """Flat positions in the grid, in order. Strips that run backwards have a flipped grid, not a reversed path."""
-        down, across = self.grid
-        if self.name in ("spiral-in", "spiral-out"):
-            path = _spiral(down, across)
-            return path if self.name == "spiral-in" else path[::-1]
-        if self.name == "random":
-            draw = random.Random(self.seed)
-            return sorted(range(down * across), key=lambda _: draw.random())
-        return range(down * across)
+    @property
+    def onward(self) -> bool:
+        """Does it move away from each block for good, so that nothing out of sight is ever seen again?"""
+        return False
 
-    @cached_property
-    def _places(self) -> Sequence[int] | dict[int, int]:
-        """The inverse of the path; a plain range is its own."""
-        return self.path if isinstance(self.path, range) else {at: i for i, at in enumerate(self.path)}
+    @abstractmethod
+    def block(self, index: int) -> Block:
+        """The block at an index from 0 to below the length."""
 
-    def __len__(self) -> int:
-        down, across = self.grid
-        return down * across
+    @abstractmethod
+    def at(self, row: int, column: int) -> int:
+        """Index of the block that covers a cell."""
+
+    @abstractmethod
+    def near(self, block: Block, reach: int) -> list[int]:
+        """Indices of the blocks whose gap to `block` is below `reach` cells, itself included, ascending."""
+
+    @abstractmethod
+    def earliest(self, index: int, reach: int) -> int:
+        """The first of `near(self[index], reach)`, in constant time."""
+
+    @abstractmethod
+    def cells_before(self, index: int) -> int:
+        """Cells of all blocks before this index, in constant time."""
 
     @overload
     def __getitem__(self, index: int) -> Block: ...
@@ -94,52 +164,277 @@ class Order(Sequence[Block]):
     def __getitem__(self, index: slice) -> tuple[Block, ...]: ...
     def __getitem__(self, index: int | slice) -> Block | tuple[Block, ...]:
         if isinstance(index, slice):
-            return tuple(self[i] for i in range(*index.indices(len(self))))
+            return tuple(self.block(i) for i in range(*index.indices(len(self))))
         if not -len(self) <= index < len(self):
             raise IndexError(f"block {index} of an order of {len(self)} blocks")
-        index %= len(self)
+        return self.block(index % len(self))
+
+
+@dataclass(frozen=True)
+class GridOrder(Order):
+    """Strips `size` cells thick, or size × size tiles, along a route; blocks at the far edge may be smaller.
+
+    A block is worked out when it is asked for, so along a straight route an order of any length costs nothing.
+    """
+
+    route: Route
+    height: int
+    width: int
+    size: int
+    seed: int = 0
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.route.name
+
+    @property
+    def tiled(self) -> bool:
+        return self.route.axis == "tiles"
+
+    @property
+    def onward(self) -> bool:
+        return not self.tiled and isinstance(self.path, range)
+
+    @cached_property
+    def grid(self) -> tuple[int, int]:
+        """Blocks down and across."""
+        down = 1 if self.route.axis == "columns" else -(-self.height // self.size)
+        across = 1 if self.route.axis == "rows" else -(-self.width // self.size)
+        return down, across
+
+    @cached_property
+    def path(self) -> Sequence[int]:
+        """Flat positions in the grid, in order. ValueError if the route's function does not give each once."""
+        down, across = self.grid
+        path = self.route.path(down, across, self.seed)
+        if isinstance(path, range) and path == range(down * across):
+            return path
+        path = [whole(f"a position of the order {self.name!r}", at) for at in path]
+        if sorted(path) != list(range(down * across)):
+            raise ValueError(
+                f"the order {self.name!r} gives {len(path)} positions on a grid of {down} × {across} blocks, and must "
+                f"give each from 0 to {down * across - 1} once"
+            )
+        return path
+
+    @cached_property
+    def _places(self) -> Sequence[int]:
+        """The inverse of the path; a plain range is its own."""
+        if isinstance(self.path, range):
+            return self.path
+        places = [0] * len(self)
+        for i, at in enumerate(self.path):
+            places[at] = i
+        return places
+
+    def __len__(self) -> int:
+        down, across = self.grid
+        return down * across
+
+    def block(self, index: int) -> Block:
         row, column = divmod(self.path[index], self.grid[1])
-        top, height = self._cut(row, self.height, self.name in COLUMN_ORDERS, self.name == "bottom-to-top")
-        left, width = self._cut(column, self.width, self.name in ROW_ORDERS, self.name == "right-to-left")
+        top, height = self._cut(row, self.height, self.route.axis == "columns")
+        left, width = self._cut(column, self.width, self.route.axis == "rows")
         return Block(index, top, left, height, width)
 
-    def _cut(self, i: int, extent: int, whole: bool, flipped: bool) -> tuple[int, int]:
+    def _cut(self, i: int, extent: int, uncut: bool) -> tuple[int, int]:
         """Start and length of the i-th cut of an axis, in cells."""
-        if whole:
+        if uncut:
             return 0, extent
         length = min(self.size, extent - i * self.size)
-        return (extent - i * self.size - length if flipped else i * self.size), length
+        return (extent - i * self.size - length if self.route.backwards else i * self.size), length
+
+    def at(self, row: int, column: int) -> int:
+        down, across = self.grid
+        if self.route.backwards:  # the axis that is not cut has a single place, wherever it is asked
+            row, column = self.height - 1 - row, self.width - 1 - column
+        r, c = (0 if n == 1 else at // self.size for n, at in ((down, row), (across, column)))
+        return self._places[r * across + c]
 
     def near(self, block: Block, reach: int) -> list[int]:
-        """Indices of the blocks whose gap to `block` is below `reach` cells, itself included, ascending."""
         down, across = self.grid
         row, column = divmod(self.path[block.index], across)
         n = -(-reach // self.size)  # n grid steps away, n - 1 whole blocks lie between
+        left, right = max(0, column - n), min(across, column + n + 1)
         rows = range(max(0, row - n), min(down, row + n + 1))
-        columns = range(max(0, column - n), min(across, column + n + 1))
-        return sorted(self._places[r * across + c] for r in rows for c in columns)
+        return sorted(chain.from_iterable(self._places[r * across + left : r * across + right] for r in rows))
+
+    def earliest(self, index: int, reach: int) -> int:
+        down, across = self.grid
+        n = -(-reach // self.size)
+        row, column = divmod(self.path[index], across)
+        if isinstance(self.path, range):
+            return max(0, row - n) * across + max(0, column - n)
+        return self._lowest_near(min(n, max(down, across)))[row][column]
+
+    def _lowest_near(self, n: int) -> list[tuple[int, ...]]:
+        """For each place of the grid the lowest index at most n steps away, worked out once."""
+        known: dict[int, list[tuple[int, ...]]] = self.__dict__.setdefault("_lowest_known", {})
+        if n not in known:
+            across = self.grid[1]
+            rows = [self._places[at : at + across] for at in range(0, len(self), across)]
+            columns = zip(*(_lowest(row, n) for row in rows))
+            known[n] = list(zip(*(_lowest(column, n) for column in columns)))
+        return known[n]
+
+    def cells_before(self, index: int) -> int:
+        if not isinstance(self.path, range):
+            return self._sums[index]
+        down, across = self.grid
+        row, column = divmod(index, across)
+        tall, wide = self.height if down == 1 else self.size, self.width if across == 1 else self.size
+        above = min(row * tall, self.height)
+        return above * self.width + min(tall, self.height - above) * min(column * wide, self.width)
+
+    @cached_property
+    def _sums(self) -> list[int]:
+        down, across = self.grid
+        tall = [self._cut(r, self.height, self.route.axis == "columns")[1] for r in range(down)]
+        wide = [self._cut(c, self.width, self.route.axis == "rows")[1] for c in range(across)]
+        return list(accumulate((tall[at // across] * wide[at % across] for at in self.path), initial=0))
 
 
-def _spiral(down: int, across: int) -> list[int]:
-    """Flat positions of a grid, clockwise from the top left corner to the centre: take the top row, turn the rest."""
-    grid: Sequence[Sequence[int]] = [range(r * across, (r + 1) * across) for r in range(down)]
-    path: list[int] = []
-    while grid:
-        path.extend(grid[0])
-        grid = list(zip(*grid[1:], strict=True))[::-1]
-    return path
+@dataclass(frozen=True)
+class OwnOrder(Order):
+    """Blocks that the caller cut. ValueError unless they are disjoint, whole tokens, and together the whole canvas."""
+
+    height: int
+    width: int
+    blocks: tuple[Block, ...]
+    multiple: int = 1  # cells a token
+
+    name = "in an order of its own"
+
+    def __post_init__(self) -> None:
+        self._owners  # noqa: B018  (looked at, and so checked, now)
+
+    @property
+    def tiled(self) -> bool:
+        return any(b.height < self.height for b in self.blocks) and any(b.width < self.width for b in self.blocks)
+
+    @cached_property
+    def size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Thickness of the thickest block."""
+        return max(min(b.height, b.width) for b in self.blocks)
+
+    @cached_property
+    def _owners(self) -> list[array[int]]:
+        """For each token, by row and column, the index of the block that it belongs to."""
+        down, across, side = self.height // self.multiple, self.width // self.multiple, self.multiple
+        owners = [array("l", [-1]) * across for _ in range(down)]
+        for i, b in enumerate(self.blocks):
+            if any(n % side for n in (b.top, b.left, b.height, b.width)):
+                raise ValueError(f"block {i} of the order, {_place(b)}, must lie on multiples of {side} cells")
+            if not (0 <= b.top < b.rows.stop <= self.height and 0 <= b.left < b.columns.stop <= self.width):
+                raise ValueError(
+                    f"block {i} of the order, {_place(b)}, must lie within the canvas of {self.height} × {self.width}"
+                )
+            start, stop = b.left // side, b.columns.stop // side
+            for row in owners[b.top // side : b.rows.stop // side]:
+                taken = max(row[start:stop])
+                if taken >= 0:
+                    raise ValueError(f"blocks {taken} and {i} of the order overlap, and must be disjoint")
+                row[start:stop] = array("l", [i]) * (stop - start)
+        for y, row in enumerate(owners):
+            if -1 in row:
+                place = f"row {y * side}, column {row.index(-1) * side}"
+                raise ValueError(f"no block of the order holds the cell in {place}, and they must cover the canvas")
+        return owners
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def block(self, index: int) -> Block:
+        return self.blocks[index]
+
+    def at(self, row: int, column: int) -> int:
+        return self._owners[row // self.multiple][column // self.multiple]
+
+    def near(self, block: Block, reach: int) -> list[int]:
+        side = self.multiple
+        left, right = max(0, (block.left - reach) // side), -(-(block.columns.stop + reach) // side)
+        top, bottom = max(0, (block.top - reach) // side), -(-(block.rows.stop + reach) // side)
+        return sorted({i for row in self._owners[top:bottom] for i in row[left:right]})
+
+    def earliest(self, index: int, reach: int) -> int:
+        known: dict[tuple[int, int], int] = self.__dict__.setdefault("_earliest_known", {})
+        if (index, reach) not in known:
+            known[index, reach] = self.near(self.blocks[index], reach)[0]
+        return known[index, reach]
+
+    def cells_before(self, index: int) -> int:
+        return self._sums[index]
+
+    @cached_property
+    def _sums(self) -> list[int]:
+        return list(accumulate((b.cells for b in self.blocks), initial=0))
 
 
-def span(name: str, height: int, width: int) -> int:
+def route_of(order: str | Walk) -> Route:
+    """The route of a name, or of a function, which goes over tiles unless it is registered otherwise."""
+    if callable(order):
+        own = Route(getattr(order, "__name__", "of its own"), order, "tiles", False)
+        return next((route for route in ROUTES.values() if route.path is order), own)
+    if order not in ROUTES:
+        raise ValueError(f"unknown order {order!r}: choose one of {', '.join(ROUTES)}")
+    return ROUTES[order]
+
+
+def span(order: str | Walk | Sequence[Block], height: int, width: int) -> int:
     """Cells that a window travels to see the canvas: along the order for strips, the larger side for tiles."""
-    return height if name in ROW_ORDERS else width if name in COLUMN_ORDERS else max(height, width)
+    axis = route_of(order).axis if isinstance(order, str) or callable(order) else "tiles"
+    return {"rows": height, "columns": width, "tiles": max(height, width)}[axis]
 
 
-def make_order(name: str, height: int, width: int, size: int, seed: int = 0) -> Order:
-    """The order `name` over a height × width canvas, in blocks `size` cells thick; `seed` is for "random" alone."""
-    if name not in ORDERS:
-        raise ValueError(f"unknown order {name!r}: choose one of {', '.join(ORDERS)}")
-    for what, value in {"height": height, "width": width, "block size": size}.items():
-        if value < 1:
-            raise ValueError(f"{what} is {value} cells, and must be at least 1")
-    return Order(name, height, width, size, seed)
+def make_order(
+    order: str | Walk | Sequence[Block], height: int, width: int, size: int = 1, seed: int = 0, multiple: int = 1
+) -> Order:
+    """An order over a height × width canvas (cells).
+
+    order: a name in ORDERS; a function like those, for an order of tiles; or the blocks themselves, whatever their
+    index. size: thickness of the blocks in cells, unless they are given; seed: for functions that draw, such as
+    "random"; multiple: cells a token.
+    """
+    height, width, size = (
+        whole(what, value, 1, "cells") for what, value in {"height": height, "width": width, "block size": size}.items()
+    )
+    if isinstance(order, str) or callable(order):
+        return GridOrder(route_of(order), height, width, size, whole("seed", seed))
+    return OwnOrder(height, width, numbered(order), multiple)
+
+
+def numbered(blocks: Iterable[Any]) -> tuple[Block, ...]:
+    """The blocks of the caller's own order, with their places in it as indices."""
+    own = tuple(blocks) if isinstance(blocks, Iterable) else ()
+    if not own or not all(isinstance(b, Block) for b in own):
+        raise ValueError(f"order is {blocks!r}, and must be a name, a function from a grid to a path, or Blocks")
+    sides = [[whole(f"a side of block {i}", n) for n in (b.top, b.left, b.height, b.width)] for i, b in enumerate(own)]
+    return tuple(Block(i, *four) for i, four in enumerate(sides))
+
+
+def whole(what: str, value: Any, least: int | None = None, unit: str = "") -> int:
+    """`value` as an int, numpy's integers included; ValueError, in one sentence, for anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ValueError(f"{what} is {value!r}, and must be a whole number{f' of {unit}' if unit else ''}")
+    if least is not None and number < least:
+        raise ValueError(f"{what} is {number}{f' {unit}' if unit else ''}, and must be at least {least}")
+    return number
+
+
+def _lowest(values: Sequence[int], n: int) -> list[int]:
+    """For each value the lowest at most n places away."""
+    edge, width = [max(values)] * n, 2 * n + 1
+    lowest, done = [*edge, *values, *edge], 1  # lowest[i] is that of `done` places from i on
+    while done < width:
+        step = min(done, width - done)
+        lowest = list(map(min, lowest, lowest[step:]))
+        done += step
+    return lowest
+
+
+def _place(block: Block) -> str:
+    return f"{block.height} × {block.width} cells at row {block.top}, column {block.left}"

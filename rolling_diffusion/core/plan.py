@@ -17,22 +17,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
 from .cost import Cost, count
-from .order import ORDERS, TILE_ORDERS, Block, Order, make_order, span
+from .order import Block, Order, Walk, make_order, numbered, route_of, span, whole
+from .rule import Rule
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An immutable table of steps over ticks and blocks. Sizes are in cells; make one with `make_plan`."""
+    """An immutable table of steps over ticks and blocks. Sizes are in cells; make one with `make_plan`.
+
+    order: a name, a function from a grid to a path, or the blocks themselves; `blocks` has them in any case.
+    """
 
     height: int
     width: int
     steps: int
-    order: str
+    order: str | Walk | tuple[Block, ...]
     window: int
     overlap: int
     draft: int
@@ -42,15 +46,26 @@ class Plan:
     multiple: int
     persistence: float
 
-    @cached_property
+    @property
     def blocks(self) -> Order:
-        return make_order(self.order, self.height, self.width, self.size, self.seed)
+        return self._blocks
+
+    @cached_property
+    def _blocks(self) -> Order:
+        covered = self.window >= span(self.order, self.height, self.width)
+        size = max(self.height, self.width) if covered else self.window - self.overlap
+        return make_order(self.order, self.height, self.width, size, self.seed, self.multiple)
 
     @property
     def size(self) -> int:
-        """Thickness of a block: what the window advances by, or the whole canvas if the window covers it."""
-        whole = self.window >= span(self.order, self.height, self.width)
-        return max(self.height, self.width) if whole else self.window - self.overlap
+        """Thickness of a block: what the window advances by, or the whole canvas if the window covers it; of blocks
+        that were given, that of the thickest."""
+        return self.blocks.size
+
+    @property
+    def rule(self) -> Rule:
+        """Which blocks in memory those in motion see."""
+        return Rule(self.persistence, self.lookahead, self.size, onward=self.blocks.onward)
 
     @property
     def alone(self) -> bool:
@@ -65,12 +80,12 @@ class Plan:
     @property
     def waits(self) -> bool:
         """True if waiting blocks are kept in memory."""
-        return self.lookahead != 0 and not self.alone
+        return self.rule.stores("waiting") and not self.alone
 
     @property
     def commits(self) -> bool:
         """True if finished blocks are kept in memory."""
-        return self.persistence > 0 and not self.alone
+        return self.rule.stores("finished") and not self.alone
 
     def index(self, k: int, g: int) -> int:
         """The step index of block g after k ticks."""
@@ -113,18 +128,17 @@ class Plan:
 
         No block is named twice. The starting block comes along where it is not stored yet: the others see it.
         """
-        reached: set[int] = set()
-        for block in self.blocks:
-            new: Sequence[int] = ()
-            if self.waits and self.lookahead is None:
-                new = range(len(self.blocks)) if block.index == 0 else ()
-            elif self.waits and self.lookahead is not None:
-                near = self.blocks.near(block, self.lookahead)
-                new = [i for i in near if i >= block.index and i not in reached]
-                new = () if new == [block.index] else new
-                reached.update(new)
-                reached.discard(block.index)
-            yield new
+        return (self.arriving(g) for g in range(len(self.blocks)))
+
+    def arriving(self, g: int) -> Sequence[int]:
+        """Those that come within reach as block g starts: block g is the first whose window of sight they enter."""
+        if not self.waits:
+            return ()
+        if self.lookahead is None:
+            return () if g else range(len(self.blocks))
+        near = self.blocks.near(self.blocks[g], self.lookahead)
+        new = [i for i in near if i >= g and self.blocks.earliest(i, self.lookahead) == g]
+        return () if new == [g] else new
 
     def table(self) -> tuple[tuple[int, ...], ...]:
         """Step indices, one row per tick from 0 (nothing done) to `ticks`, one column per block."""
@@ -141,7 +155,7 @@ class Plan:
         cost = self.cost()
         reach = "the whole canvas" if self.lookahead is None else f"{self.lookahead} cells"
         rows = {
-            "canvas": f"{self.height} × {self.width} cells, {len(self.blocks)} blocks {self.order}",
+            "canvas": f"{self.height} × {self.width} cells, {len(self.blocks)} blocks {self.blocks.name}",
             "window": f"{self.window} cells, advancing by {self.window - self.overlap}, looking ahead {reach}",
             "steps": f"{self.steps}, of them {self.draft} draft; lag {self.lag}, at most {self.capacity} in motion",
             "calls": f"{cost.ticks} ticks + {cost.waiting_calls} for waiting blocks + {cost.commits} commits",
@@ -156,7 +170,7 @@ def make_plan(
     height: int,
     width: int,
     steps: int | Sequence[float],
-    order: str = "top-to-bottom",
+    order: str | Walk | Sequence[Block] = "top-to-bottom",
     window: int = 64,
     overlap: int = 16,
     draft: int = 0,
@@ -168,44 +182,65 @@ def make_plan(
 ) -> Plan:
     """The plan for a height × width canvas (cells) and `steps` steps, or the sigmas themselves.
 
-    window, overlap: in cells, multiples of `multiple` (the side of a token); the window advances by their difference.
-    draft: steps that all blocks take together first. lookahead: cells ahead that waiting blocks are seen; None for the
-    whole canvas, 0 for none. seed: for the order "random". lag: ticks between blocks; None for the formula,
-    "autoregressive" to wait for the predecessor, 0 for ordinary diffusion. persistence: attention weight that finished
-    blocks keep per block of distance.
+    order: a name in ORDERS; a function like those, from a grid to a path over tiles; or the blocks themselves, disjoint
+    and together the whole canvas. window, overlap: in cells, multiples of `multiple` (the side of a token); the window
+    advances by their difference (over given blocks: by the thickest). draft: steps that all blocks take together first.
+    lookahead: cells ahead that waiting blocks are seen; None for the whole canvas, 0 for none. seed: for orders that
+    draw. lag: ticks between blocks; None for the formula, "autoregressive" to wait for the predecessor, 0 for ordinary
+    diffusion. persistence: attention weight that finished blocks keep per block of distance.
+
+    ValueError, in one sentence, for what does not fit together.
     """
-    steps = steps if isinstance(steps, int) else len(steps) - 1
-    if order not in ORDERS:
-        raise ValueError(f"unknown order {order!r}: choose one of {', '.join(ORDERS)}")
-    if multiple < 1:
-        raise ValueError(f"multiple is {multiple} cells, and must be at least 1")
+    steps = count_steps(steps)
+    multiple = whole("multiple", multiple, 1, "cells")
+    height, width, window = (
+        whole(what, value, unit="cells") for what, value in {"height": height, "width": width, "window": window}.items()
+    )
     for what, value in {"height": height, "width": width, "window": window}.items():
         if value < multiple or value % multiple:
             raise ValueError(f"{what} is {value} cells, and must be a positive multiple of {multiple}")
+    overlap = whole("overlap", overlap, unit="cells")
     if not 0 <= overlap < window or overlap % multiple:
         raise ValueError(
             f"overlap is {overlap} cells, and must be a multiple of {multiple} from 0 to below the window of {window}"
         )
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, and must be at least 1")
+    draft, seed = check_draft(draft, steps), whole("seed", seed)
+    rule = Rule(persistence, lookahead)
+    if isinstance(order, str):
+        route_of(order)
+    elif not callable(order):
+        order = numbered(order)
+    run = steps - draft
+    given = whole("lag", lag, unit="ticks") if lag is not None and not isinstance(lag, str) else lag
+    plan = Plan(
+        height, width, steps, order, window, overlap, draft, rule.lookahead, seed, run, multiple, rule.persistence
+    )
+    if callable(order):
+        plan.blocks[0]  # its path is checked now
+    if given is None:
+        advance = plan.size if isinstance(order, tuple) else window - overlap
+        given = _lag(run, min(Fraction(advance, window), Fraction(1)) ** (2 if plan.blocks.tiled else 1))
+    elif given == "autoregressive":
+        given = run
+    if isinstance(given, str) or not 0 <= given <= run:
+        raise ValueError(f'lag is {given!r}, and must be from 0 to {run} (steps - draft), "autoregressive", or None')
+    return replace(plan, lag=given)
+
+
+def count_steps(steps: int | Sequence[float]) -> int:
+    """The number of steps, given as it is or as S + 1 sigmas; ValueError unless it is at least 1."""
+    return whole("steps", len(steps) - 1 if hasattr(steps, "__len__") else steps, 1)  # type: ignore
+
+
+def check_draft(draft: int, steps: int) -> int:
+    """ValueError unless a draft of so many steps leaves at least one."""
+    draft = whole("draft", draft, unit="steps")
     if not 0 <= draft < steps:
         raise ValueError(f"draft is {draft} steps, and must be from 0 to {steps - 1}, one less than the steps")
-    if lookahead is not None and lookahead < 0:
-        raise ValueError(f"lookahead is {lookahead} cells, and must be 0 or more, or None for the whole canvas")
-    if not 0 <= persistence <= 1:
-        raise ValueError(f"persistence is {persistence}, and must be from 0 to 1")
-    run = steps - draft
-    if lag is None:
-        lag = _lag(run, window, overlap, 2 if order in TILE_ORDERS else 1)
-    elif lag == "autoregressive":
-        lag = run
-    if not isinstance(lag, int) or not 0 <= lag <= run:
-        raise ValueError(f'lag is {lag!r}, and must be from 0 to {run} (steps - draft), "autoregressive", or None')
-    return Plan(height, width, steps, order, window, overlap, draft, lookahead, seed, lag, multiple, persistence)
+    return draft
 
 
-def _lag(run: int, window: int, overlap: int, axes: int) -> int:
-    """Ticks between blocks, so that the blocks in motion fill the window and no more."""
-    share = Fraction(window - overlap, window) ** axes
+def _lag(run: int, share: Fraction) -> int:
+    """Ticks between blocks that are such a share of the window, so that those in motion fill it and no more."""
     lag = max(1, round(run * share))
     return lag if -(-run // lag) <= math.ceil(1 / share) else math.ceil(run * share)

@@ -1,8 +1,7 @@
 """Weights in diffusers' layout to and from the keys that ComfyUI reads.
 
 Key layouts: black-forest-labs/flux (src/flux/model.py and modules/layers.py) for the transformer; ComfyUI's
-comfy/utils.py (flux_to_diffusers), comfy/taesd/taesd.py, comfy/sd.py (taesd_decoder.1.weight, load_text_encoder_
-state_dicts) and comfy/text_encoders/flux.py for the rest.
+comfy/utils.py (flux_to_diffusers) and comfy/taesd/taesd.py for the rest.
 """
 
 from __future__ import annotations
@@ -158,28 +157,4 @@ def tiny_vae_to_comfy(state: State, config: Mapping[str, Any]) -> dict[str, Tens
     scale = COMFY_FLUX_SCALE / config.get("scaling_factor", 1.0)
     out["vae_scale"] = torch.tensor(scale)
     out["vae_shift"] = torch.tensor(COMFY_FLUX_SHIFT - config.get("shift_factor", 0.0) / scale)
-    return out
-
-
-def clip_to_comfy(state: State) -> dict[str, Tensor]:
-    """A transformers CLIPTextModel's state dict with the text_model. prefix, which transformers 5 leaves out."""
-    prefix = "text_model."
-    out = {
-        key if key.startswith((prefix, "text_projection.")) else prefix + key: tensor
-        for key, tensor in state.items()
-        if not key.endswith("position_ids")
-    }
-    if "text_model.encoder.layers.1.mlp.fc1.weight" not in out:
-        raise ValueError("ComfyUI knows a CLIP text encoder by its second layer; this one has none.")
-    return out
-
-
-def t5_to_comfy(state: State) -> dict[str, Tensor]:
-    """A transformers T5EncoderModel's state dict, its embedding once, as shared.weight."""
-    out = dict(state)
-    embedding = out.pop("encoder.embed_tokens.weight", None)
-    if "shared.weight" not in out and embedding is not None:
-        out["shared.weight"] = embedding
-    if "shared.weight" not in out or "encoder.final_layer_norm.weight" not in out:
-        raise ValueError("This is not the state dict of a T5 encoder: shared.weight or encoder.* is missing.")
     return out

@@ -13,7 +13,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..core.cohort import block_seed
 from ..core.memory import Memory
 from ..core.order import Block
 from ..core.plan import Plan
+from ..core.rule import Kind
 from ..models.call import Levels, unwrapped
 from ..models.call import run as rolling_call
 from ..models.family import Family, Place
@@ -167,7 +168,7 @@ class ControlNet:
             mode = mode[:, None] if isinstance(mode, Tensor) and mode.ndim == 1 else mode
             yield net, self.request | dict(zip(names, (condition, mode, scale)))
 
-    def residuals(self, indices: Sequence[int], times: list[float], kind: str | None) -> dict[str, Any]:
+    def residuals(self, indices: Sequence[int], times: list[float], kind: Kind | None) -> dict[str, Any]:
         """The transformer's arguments for these blocks at these timesteps, summed over the nets."""
         question = tuple(indices), tuple(times)
         if question not in self.known:
@@ -292,7 +293,7 @@ class Run:
         memory: Memory,
         indices: Sequence[int],
         times: list[float],
-        kind: str | None = None,
+        kind: Kind | None = None,
     ) -> list[Tensor]:
         """The transformer's answer for these blocks at these timesteps; kind: the memory that is to keep them."""
         more: dict[str, Any] = {}
@@ -312,7 +313,7 @@ class Run:
         memory: Memory,
         indices: Sequence[int],
         times: list[float],
-        kind: str | None,
+        kind: Kind | None,
         **more: Any,
     ) -> tuple:
         """One rolling call of a model."""
@@ -327,7 +328,7 @@ class Run:
             for block, place in zip(blocks, places):
                 memory.put(kind, block, layer, key[:, place], value[:, place])
 
-        sink = keep if kind is not None and memory.stores(kind) else None
+        sink = keep if kind is not None and memory.rule.stores(kind) else None
         told = told.expand(len(request["hidden_states"]), -1)  # there may be but one prompt for all pictures
         size, rows = (self.height, self.width), Levels.of(told, index, self.text_level)
         return rolling_call(family, model, request, tokens, size, rows, view, sink, **more)
@@ -336,7 +337,7 @@ class Run:
         """An empty memory, for calls of so many rows."""
         plan = self.plan
         where = self.place_memory(plan, rows)
-        return Memory(plan.persistence, plan.lookahead, self.cap, size=plan.size, device=where)
+        return Memory(replace(plan.rule, cap=self.cap), device=where)
 
     def layout(
         self, indices: tuple[int, ...], times: tuple[float, ...], device: torch.device

@@ -29,9 +29,10 @@ def probe(host, model, look, height=24, width=16, batch=1, cfg=3.0, latent=None,
     return sampler.answer
 
 
-def denoiser(host, guider, options, noise, latent, order="top-to-bottom", multiple=2, **settings):
-    plan = host.module("sampler").make_plan(*noise.shape[-2:], 4, order=order, window=16, overlap=8, multiple=multiple)
-    out = host.module("flux").FluxDenoiser(guider, options, 3, noise, latent, plan=plan, **settings)
+def denoiser(host, guider, options, noise, latent, order="top-to-bottom", multiple=2, persistence=1.0):
+    settings = host.module("sampler").Settings(order, window=16, overlap=8, persistence=persistence, draft=0)
+    plan = settings.plan(*noise.shape[-2:], 4, multiple)
+    out = host.module("flux").FluxDenoiser(guider, options, 3, noise, latent, plan=plan)
     out.begin(noise)
     return out
 
@@ -97,7 +98,7 @@ def test_levels_and_memory_are_the_librarys(host):
     def look(guider, options, noise, latent):
         d = denoiser(host, guider, options, noise, latent, persistence=0.5)
         text, extra = host.prompts[0][0]
-        other = library.FluxDenoiser(reference, text, extra["pooled_output"], persistence=0.5, size=d.plan.size)
+        other = library.FluxDenoiser(reference, text, extra["pooled_output"], rule=d.plan.rule)
         out = []
         for each in (d, other):
             blocks = moving(host, d, noise, [0.75, 0.75, 0.75])
