@@ -6,7 +6,6 @@ import copy
 import difflib
 import inspect
 import json
-import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from ..core.order import whole
 from ..core.plan import Plan
 from ..defaults import Card, check_text_level, plan_for
 from ..models.call import swapped, unwrapped
@@ -131,7 +131,7 @@ class Rolling:
                         raise ValueError(sentence)
             return plan
 
-        cap = card.memory_tokens if memory_tokens is None else operator.index(memory_tokens)
+        cap = card.memory_tokens if memory_tokens is None else whole("memory_tokens", memory_tokens, 0)
         offloaded = bool(getattr(pipe, "_all_hooks", None))
         kept: list[Any] = [memory_device]
 

@@ -371,10 +371,10 @@ class Run:
         if not self.context_noise:
             return request
         block = self.plan.blocks[g]
-        blank = self.family.blank(self.like, self.height, self.width)
+        blank = self.family.blank(self.like.expand(len(self.seeds), *self.like.shape[1:]), self.height, self.width)
         part = self.family.cut(blank, block, self.place(g, blank))
         draws = [torch.Generator().manual_seed(block_seed(seed, block)) for seed in self.seeds]
-        shape = (len(part) // len(draws), *part.shape[1:])
+        shape = (1, *part.shape[1:])
         noise = torch.cat([torch.randn(shape, generator=draw, dtype=torch.float32) for draw in draws])
         self.family.paste(blank, block, self.place(g, blank), noise.to(blank))
         return self.family.blend(request, blank, self.context_noise)
