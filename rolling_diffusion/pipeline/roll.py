@@ -287,10 +287,10 @@ def _refusal(model: Any) -> str | None:
 def _share_of_steps(said: Mapping[str, Any]) -> str | None:
     """Arguments that count a pipeline's steps, of which blocks take theirs at different times."""
     starts = {"control_guidance_start": 0.0, "control_guidance_end": 1.0}
-    for name, all_steps in starts.items():
-        value = said.get(name, all_steps)
-        if any(v != all_steps for v in (value if isinstance(value, (list, tuple)) else [value])):
-            return f"{name} is {value}, and must be {all_steps}: blocks take their steps at different times (lag=0 does not)"
+    for name, full in starts.items():
+        value = said.get(name, full)
+        if any(v != full for v in (value if isinstance(value, (list, tuple)) else [value])):
+            return f"{name} is {value}, and must be {full}: blocks take their steps at different times (lag=0 does not)"
     if said.get("skip_guidance_layers") is not None:
         return "skip_guidance_layers acts on some steps only, and blocks take theirs at different times: leave it out"
     return None
