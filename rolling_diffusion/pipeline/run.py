@@ -157,23 +157,24 @@ class ControlNet:
         self.request, self.known = request, {}
         return self, self
 
-    def nets(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Each net and its own request: several pictures may go through one net."""
-        if not hasattr(self.real, "nets"):
-            yield self.real, self.request
-            return
+    def each(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Each net and its own request: several pictures may go through one net. Only a union is told of a mode."""
         names = ("controlnet_cond", "controlnet_mode", "conditioning_scale")
-        nets = itertools.cycle(self.real.nets)
-        for net, condition, mode, scale in zip(nets, *(self.request[name] for name in names)):
-            mode = mode[:, None] if isinstance(mode, Tensor) and mode.ndim == 1 else mode
-            yield net, self.request | dict(zip(names, (condition, mode, scale)))
+        several = hasattr(self.real, "nets")
+        nets = itertools.cycle(self.real.nets if several else [self.real])
+        for net, *values in zip(nets, *(self.request[n] if several else [self.request[n]] for n in names)):
+            if not net.union:
+                values[1] = None
+            elif values[1].ndim == 1:
+                values[1] = values[1][:, None]
+            yield net, self.request | dict(zip(names, values))
 
     def residuals(self, indices: Sequence[int], times: list[float], kind: Kind | None) -> dict[str, Any]:
         """The transformer's arguments for these blocks at these timesteps, summed over the nets."""
         question = tuple(indices), tuple(times)
         if question not in self.known:
             sums: list[Any] = [None, None]
-            for i, (net, request) in enumerate(self.nets()):
+            for i, (net, request) in enumerate(self.each()):
                 if i == len(self.memories):
                     self.memories.append(self.run.memory(len(request["hidden_states"])))
                 for j, found in enumerate(
