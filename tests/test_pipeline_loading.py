@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pipeline import call, pipelines
+from tiny_pipeline import call, pipeline
 
 from rolling_diffusion.models.convert import flux_to_comfy
 from rolling_diffusion.pipeline import load
@@ -15,7 +15,7 @@ from rolling_diffusion.pipeline import load
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "tiny"
-    pipelines()[1].save_pretrained(folder)
+    pipeline().save_pretrained(folder)
     return folder
 
 
