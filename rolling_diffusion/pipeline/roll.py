@@ -131,7 +131,7 @@ class Rolling:
                         raise ValueError(sentence)
             return plan
 
-        cap = card.memory_tokens if memory_tokens is None else operator.index(memory_tokens)
+        cap = card.reach if memory_tokens is None else operator.index(memory_tokens)
         offloaded = bool(getattr(pipe, "_all_hooks", None))
         kept: list[Any] = [memory_device]
 
