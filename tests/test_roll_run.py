@@ -211,7 +211,7 @@ def test_an_order_of_the_callers_own(rolled):
     ticks.clear()
     call(rolled, **ROLL, order=blocks, height=16, width=16, lag="autoregressive", on_tick=ticks.append)
     assert [t.blocks[0] for t in ticks] == [blocks[0]] * 4 + [blocks[1]] * 4
-    with pytest.raises(ValueError, match="blocks"):
+    with pytest.raises(ValueError, match="must cover the canvas"):
         call(rolled, **ROLL, order=blocks[:1], height=16, width=16)
 
 
