@@ -398,6 +398,12 @@ def explain(error: BaseException, what: str) -> str:
             f"{what} is not on this machine and could not be downloaded: check the network (and that HF_HUB_OFFLINE is "
             "not set), or give a local folder or file"
         )
+    readable = transformers.utils.is_sentencepiece_available() and transformers.utils.is_protobuf_available()
+    if not readable and re.search("tiktoken|sentencepiece|protobuf", text, re.I):  # what transformers guesses it to need
+        return (
+            f"{what} has a tokenizer without a tokenizer.json, and the packages that read it are not installed: "
+            "pip install sentencepiece protobuf"
+        )
     if any(isinstance(link, ImportError) for link in chain):
         found = re.search(r"pip install[\w .,=>\[\]\"'-]*|No module named '(\w+)", text)
         advice = f"pip install {found[1]}" if found and found[1] else found[0].strip() if found else str(error)
