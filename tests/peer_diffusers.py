@@ -110,6 +110,7 @@ def roll_calls_of(kind: type) -> None:
     def call(self, *args, **options):
         if isinstance(self.transformer, Transformer):  # it is roll that calls
             answer = stock(self, *args, **options)
+            left.clear()
             left.update({name: vars(self)[name] for name in told if name in vars(self)})
             return answer
         answer = roll(self)(*args, **options, **ROLLING)
