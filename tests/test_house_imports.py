@@ -13,10 +13,8 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "core": {"torch", "greenlet"},
     "models": {"torch", "greenlet", "diffusers", "transformers", "safetensors"},
-    "pipeline": {
-        *("torch", "numpy", "PIL", "diffusers", "transformers", "safetensors", "accelerate", "huggingface_hub"),
-        *("peft", "torchao"),  # only where a LoRA or a quantiser is asked for
-    },
+    "pipeline": {"torch", "diffusers", "huggingface_hub"},
+    "loading": {"torch", "diffusers", "transformers", "safetensors", "torchao"},  # the last for a quantiser alone
     "world": {"numpy", "PIL", "scipy"},
     "evaluation": {"torch", "numpy"},
     "picture": {"numpy", "PIL"},

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import call, pipeline
 
+from rolling_diffusion.loading import load
 from rolling_diffusion.models.convert import flux_to_comfy
-from rolling_diffusion.pipeline import load
 
 
 @pytest.fixture(scope="module")
