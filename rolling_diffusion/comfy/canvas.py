@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rolling_diffusion")
 KEY = "rolling_diffusion"  # under which this pack's wrappers stand in the options of one sampling run
+MOVING = "rolling_diffusion_moving"  # in a call's options: [(noise level, [(rows, columns) of each block at it])]
 
 
 class Canvas:
@@ -82,6 +83,10 @@ class Canvas:
     def joint_options(self, blocks: Sequence[Block]) -> dict:
         """A private copy of the run's options that notes what guidance was made of, for samplers that look (CFG++)."""
         options = comfy.patcher_extension.copy_nested_dicts(self.options)
+        levels: dict[float, list] = {}
+        for block in blocks:
+            levels.setdefault(float(self.asked[block][0].flatten()[0]), []).append((block.rows, block.columns))
+        options[MOVING] = list(levels.items())
         asked = [self.asked[block][1] for block in blocks]
         if any(self.extras(own) for own in asked):
 

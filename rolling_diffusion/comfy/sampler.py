@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import comfy.samplers
@@ -12,11 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.cohort import ADAPTIVE
+from ..core.order import span
 from ..core.plan import Plan
 from ..core.rollout import rollout
 from ..defaults import Card, plan_for
 from .canvas import log
 from .flux import FluxDenoiser, is_flux
+from .notes import Notes
 from .windows import WindowDenoiser
 
 if TYPE_CHECKING:
@@ -54,6 +56,19 @@ class Settings:
             persistence=self.persistence,
         )
 
+    def fitted(self, height: int, width: int, notes: Notes) -> Settings:
+        """Half of the canvas (cells) where the window would cover it; the overlap keeps its share of the window."""
+        extent = span(self.order, height, width)
+        window = max(extent // 4 * 2, 4)
+        if self.window < extent or window >= extent:
+            return self
+        overlap = self.overlap * window // self.window // 2 * 2
+        notes.tell(
+            f"The window of {self.window} cells would cover the picture: it is fitted to {window} cells, overlapping "
+            f"by {overlap}. Turn fit_window off for ordinary sampling."
+        )
+        return replace(self, window=window, overlap=overlap)
+
     def check(self, samples: Tensor, steps: int) -> None:
         """ValueError, one sentence, if no plan can be made for this latent: before any model is loaded."""
         if samples.ndim in (4, 5) and not getattr(samples, "is_nested", False):
@@ -88,11 +103,11 @@ class Rolling(comfy.samplers.Sampler):
     With one block it gives what the other gives, bit for bit.
     """
 
-    def __init__(self, sampler: Any, settings: Settings):
-        self.sampler, self.settings = sampler, settings
+    def __init__(self, sampler: Any, settings: Settings, notes: Notes | None = None):
+        self.sampler, self.settings, self.notes = sampler, settings, notes
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("sampler", "settings"):
+        if name in ("sampler", "settings", "notes"):
             raise AttributeError(name)
         return getattr(self.sampler, name)
 
