@@ -18,7 +18,7 @@ from nodes import MAX_RESOLUTION
 from ..core.sigmas import flux_shift
 from . import inputs
 from .embedded import load as load_embedded
-from .flux_files import Found, Parts, find_flux, load_parts
+from .flux_files import Found, Parts, find_flux, fingerprint, load_parts
 from .flux_library import LibraryPipeline, from_hub
 from .guidance import is_distilled, make_guider
 from .notes import Notes
@@ -96,6 +96,10 @@ class FluxDevAutoRegressiveRollingDiffusionSampler:
     @classmethod
     def VALIDATE_INPUTS(cls, rolling_window_size=None, rolling_overlap=None, draft=None, steps=None):
         return inputs.problem(rolling_window_size, rolling_overlap, None, draft, steps, most_steps=100) or True
+
+    @classmethod
+    def IS_CHANGED(cls, **values):
+        return fingerprint()
 
     def sample(self, prompt, negative_prompt, width, height, seed, steps, cfg, autoregressive_order,
                rolling_window_size, rolling_overlap, attention_persistence, enable_cpu_offload, model=FLUX_DEV,

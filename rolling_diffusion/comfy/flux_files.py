@@ -85,6 +85,13 @@ def find_flux() -> list[Found]:
     return sorted(files, key=rank) + folders
 
 
+def fingerprint() -> str:
+    """Changes when a file does that the node might read."""
+    kinds = ("diffusion_models", "checkpoints", "text_encoders", "vae")
+    paths = [path for kind in kinds for _, path, what in _files(kind) if what]
+    return repr([(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths])
+
+
 def load_parts(found: Found | None, need: Collection[str]) -> Parts:
     """Those of model, clip and vae that are needed, by ComfyUI's loaders; what `found` lacks from files of its own.
 

@@ -32,6 +32,7 @@ def run(server, **values):
     """The history entry of the node with these values, and the pictures it made."""
     links = {k: values.pop(k) for k in list(values) if isinstance(values[k], list)}
     extra = values.pop("nodes", {})
+    values = {k: v for k, v in values.items() if v is not None}
     prompt = {"1": {"class_type": NODE, "inputs": {**VALUES, **values, **links}},
               "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 1], "filename_prefix": "flux"}},
               "3": {"class_type": "SaveLatent", "inputs": {"samples": ["1", 0], "filename_prefix": "flux"}},
@@ -98,3 +99,84 @@ def test_files_of_their_own(install, host, dtype):
     assert out.shape == (1, 16, 32, 32) and out.isfinite().all() and out.std() > 0.1
     image = picture(install, entry)
     assert image.size == (256, 256) and len(image.getcolors(1 << 24)) > 50
+
+
+def stock(text="a red house", negative=None, size=256):
+    """The node's own work as a graph of stock nodes: without a negative prompt, and one block."""
+    return {
+        "10": {"class_type": "UNETLoader", "inputs": {"unet_name": "flux1-dev.safetensors", "weight_dtype": "default"}},
+        "11": {"class_type": "DualCLIPLoader", "inputs": {"clip_name1": "clip_l.safetensors",
+                                                          "clip_name2": "t5xxl_fp8_e4m3fn.safetensors", "type": "flux"}},
+        "12": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["11", 0], "text": text}},
+        "13": {"class_type": "FluxGuidance", "inputs": {"conditioning": ["12", 0], "guidance": 3.5}},
+        "14": {"class_type": "ModelSamplingFlux", "inputs": {"model": ["10", 0], "max_shift": 1.15, "base_shift": 0.5,
+                                                             "width": size, "height": size}},
+        "15": {"class_type": "EmptySD3LatentImage", "inputs": {"width": size, "height": size, "batch_size": 1}},
+        "16": {"class_type": "KSampler", "inputs": {"model": ["14", 0], "positive": ["13", 0], "negative": ["13", 0],
+               "latent_image": ["15", 0], "seed": 3, "steps": 3, "cfg": 1.0, "sampler_name": "euler",
+               "scheduler": "simple", "denoise": 1.0}},
+        "17": {"class_type": "VAELoader", "inputs": {"vae_name": "ae.safetensors"}},
+        "18": {"class_type": "SaveLatent", "inputs": {"samples": ["16", 0], "filename_prefix": "stock"}},
+    }  # fmt: skip
+
+
+def test_one_block_is_the_stock_graph_bit_for_bit(install):
+    """An 8-bit transformer goes with the 8-bit T5, as in the graph."""
+    entry = run(install, fit_window=False, nodes=stock())
+    ours = latent(install, entry)
+    entry["outputs"]["3"] = entry["outputs"]["18"]
+    assert torch.equal(ours, latent(install, entry))
+    assert not torch.equal(ours, latent(install, run(install)))  # fitted, it rolls
+
+
+def test_sockets_take_what_is_loaded(install):
+    """A MODEL, CLIP and VAE of other nodes, all or some; the rest comes from the files. The schedule is the model's."""
+    nodes = {k: v for k, v in stock().items() if k not in ("15", "16", "18")}
+    expected = latent(install, run(install))
+    for sockets in ({"loaded_model": ["14", 0], "clip": ["11", 0], "vae": ["17", 0]}, {"clip": ["11", 0]},
+                    {"loaded_model": ["14", 0], "clip": ["11", 0]}):  # fmt: skip
+        assert torch.equal(latent(install, run(install, nodes=dict(nodes), **sockets)), expected)
+    assert not torch.equal(latent(install, run(install, nodes=dict(nodes), loaded_model=["10", 0])), expected)
+
+
+def test_a_negative_prompt_and_cfg_act(install):
+    """Without one cfg is the embedded guidance; with one it weighs the difference, and at 1 turns it off."""
+    one = {cfg: latent(install, run(install, cfg=cfg)) for cfg in (1.0, 3.5)}
+    two = {cfg: latent(install, run(install, cfg=cfg, negative_prompt="a tree")) for cfg in (1.0, 3.5)}
+    assert not torch.equal(one[1.0], one[3.5]) and not torch.equal(two[1.0], two[3.5])
+    assert not torch.equal(one[3.5], two[3.5])
+    assert torch.equal(two[1.0], one[3.5])  # the embedded guidance stays 3.5
+
+
+def test_memory_is_kept_or_given_back_and_pictures_are_the_same(install):
+    assert torch.equal(latent(install, run(install)), latent(install, run(install, enable_cpu_offload="False")))
+
+
+def test_one_checkpoint_with_everything(install, host):
+    """flux1-dev-fp8.safetensors in checkpoints, nothing else: the same picture as from the four files."""
+    tiny, models = install.tiny, install.models
+    expected = latent(install, run(install))
+    for old in models.glob("*/*.safetensors"):
+        old.unlink()
+    tiny.save(models / "checkpoints" / "flux1-dev-fp8.safetensors", tiny.checkpoint(host), torch.float8_e4m3fn)
+    assert choices(install) == ["FLUX.1-dev", "embedded", "checkpoints/flux1-dev-fp8.safetensors"]
+    out = latent(install, run(install))
+    assert out.isfinite().all() and out.std() > 0.1
+    named = latent(install, run(install, model="checkpoints/flux1-dev-fp8.safetensors"))
+    assert torch.equal(named, out)
+    assert (out - expected).abs().mean() < 0.2 * expected.abs().mean()  # the autoencoder and CLIP are in 8 bits too
+
+
+def test_a_folder_of_diffusers(install):
+    """The second way: models/diffusers, through the library's own pipeline."""
+    import tiny_folder
+
+    tiny_folder.make(install.models / "diffusers" / "FLUX.1-dev", guidance=True)
+    assert choices(install)[-1] == "diffusers/FLUX.1-dev"
+    entry = run(install, model="diffusers/FLUX.1-dev")
+    assert latent(install, entry).isfinite().all() and picture(install, entry).size == (256, 256)
+
+
+def test_the_embedded_model(install):
+    entry = run(install, model="embedded", cfg=2.5)
+    assert latent(install, entry).isfinite().all() and picture(install, entry).size == (256, 256)
