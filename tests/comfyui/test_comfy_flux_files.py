@@ -139,17 +139,11 @@ def test_sockets_take_what_is_loaded(install):
     assert not torch.equal(latent(install, run(install, nodes=dict(nodes), loaded_model=["10", 0])), expected)
 
 
-def test_a_negative_prompt_and_cfg_act(install):
-    """Without one cfg is the embedded guidance; with one it weighs the difference, and at 1 turns it off."""
-    one = {cfg: latent(install, run(install, cfg=cfg)) for cfg in (1.0, 3.5)}
-    two = {cfg: latent(install, run(install, cfg=cfg, negative_prompt="a tree")) for cfg in (1.0, 3.5)}
-    assert not torch.equal(one[1.0], one[3.5]) and not torch.equal(two[1.0], two[3.5])
-    assert not torch.equal(one[3.5], two[3.5])
-    assert torch.equal(two[1.0], one[3.5])  # the embedded guidance stays 3.5
-
-
-def test_memory_is_kept_or_given_back_and_pictures_are_the_same(install):
-    assert torch.equal(latent(install, run(install)), latent(install, run(install, enable_cpu_offload="False")))
+def test_a_negative_prompt_leaves_the_embedded_guidance_at_the_models_own(install):
+    """At cfg 1 the difference of the two prompts weighs nothing: the picture of guidance 3.5 without one."""
+    expected = latent(install, run(install))
+    assert torch.equal(latent(install, run(install, negative_prompt="a tree", cfg=1.0)), expected)
+    assert not torch.equal(latent(install, run(install, negative_prompt="a tree", cfg=7.0)), expected)
 
 
 def test_one_checkpoint_with_everything(install, host):

@@ -62,7 +62,9 @@ def transformer(host, seed=0, in_channels=16, guidance=True):
     }  # fmt: skip
     if host.tiny._has("txt_ids_dims"):
         config["txt_ids_dims"] = []
-    model = comfy.ldm.flux.model.Flux(dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init, **config)
+    model = comfy.ldm.flux.model.Flux(
+        dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init, **config
+    )
     state = fill(model, seed)
     return {k.removesuffix("weight") + "scale" if "_norm.weight" in k else k: v for k, v in state.items()}
 
