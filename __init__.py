@@ -2,6 +2,7 @@
 
 from .rolling_diffusion.comfy.nodes import (
     AutoregressiveRollingDiffusionSampler,
+    AutoregressiveRollingDiffusionSamplerAdvanced,
     FluxDevAutoRegressiveRollingDiffusionSampler,
     LoadEmbeddedRollingModel,
     RollingPlanPreview,
@@ -10,6 +11,7 @@ from .rolling_diffusion.comfy.nodes import (
 
 NODE_CLASS_MAPPINGS = {
     "AutoregressiveRollingDiffusionSampler": AutoregressiveRollingDiffusionSampler,
+    "AutoregressiveRollingDiffusionSamplerAdvanced": AutoregressiveRollingDiffusionSamplerAdvanced,
     "FluxDevAutoRegressiveRollingDiffusionSampler": FluxDevAutoRegressiveRollingDiffusionSampler,
     "RollingSampler": RollingSampler,
     "LoadEmbeddedRollingModel": LoadEmbeddedRollingModel,
@@ -18,6 +20,7 @@ NODE_CLASS_MAPPINGS = {
 
 NODE_DISPLAY_NAME_MAPPINGS = {
     "AutoregressiveRollingDiffusionSampler": "Autoregressive Rolling Diffusion Sampler",
+    "AutoregressiveRollingDiffusionSamplerAdvanced": "Autoregressive Rolling Diffusion Sampler (Advanced)",
     "FluxDevAutoRegressiveRollingDiffusionSampler": "Flux-Dev Autoregressive Rolling Diffusion Sampler",
     "RollingSampler": "Rolling Sampler",
     "LoadEmbeddedRollingModel": "Load Embedded Rolling Model",

@@ -39,6 +39,15 @@ def is_flux(model: Any) -> bool:
     return type(inner) is comfy.ldm.flux.model.Flux
 
 
+def per_block_noise(model: Any, options: dict, dimensions: int = 4) -> tuple[bool, str]:
+    """Can the model take a noise level per block? And if not, why."""
+    if dimensions != 4 or not is_flux(model):
+        return False, f"{type(getattr(model, 'diffusion_model', model)).__name__} takes one noise level a call"
+    if "multigpu_clones" in options:
+        return False, "With several GPUs memory cannot be kept"
+    return True, ""
+
+
 @dataclass
 class Call:
     """One call of the guider: which blocks move, at which noise, and what is stored of them."""

@@ -13,7 +13,6 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from nodes import MAX_RESOLUTION
 
 from ..core.sigmas import flux_shift
 from . import inputs
@@ -22,13 +21,14 @@ from .flux_files import Found, Parts, find_flux, fingerprint, load_parts
 from .flux_library import LibraryPipeline, from_hub
 from .guidance import is_distilled, make_guider
 from .notes import Notes
-from .sampler import Rolling, Settings
+from .sampler import Rolling
+from .settings import Settings
 
 EMBEDDED, FLUX_DEV = "embedded", "FLUX.1-dev"
 MOST_TOKENS = 4096  # up to which FLUX.1-dev's schedule shifts towards noise; beyond, the last step would do everything
 
 
-class FluxDevAutoRegressiveRollingDiffusionSampler:
+class FluxDevAutoRegressiveRollingDiffusionSampler(inputs.Early):
     """Prompt in, LATENT and IMAGE out."""
 
     CATEGORY = "sampling/custom_sampling"
@@ -50,7 +50,7 @@ class FluxDevAutoRegressiveRollingDiffusionSampler:
         size = {
             "default": 512,
             "min": 256,
-            "max": MAX_RESOLUTION,
+            "max": inputs.MOST_PIXELS,
             "step": 16,
             "tooltip": "Pixels. FLUX.1-dev was trained on up to 2 megapixels, the embedded model on 256×256.",
         }
@@ -87,15 +87,11 @@ class FluxDevAutoRegressiveRollingDiffusionSampler:
                     "default": True,
                     "tooltip": "Where the window would cover the picture, so that nothing rolls, take half of it."}),
                 **inputs.EXTRAS,
-                "loaded_model": ("MODEL", {"tooltip": "Takes this model instead: one with a LoRA, say."}),
-                "clip": ("CLIP", {"tooltip": "Takes these text encoders instead."}),
-                "vae": ("VAE", {"tooltip": "Takes this autoencoder instead."}),
+                "loaded_model": inputs.lazy("MODEL", "Takes this model instead: one with a LoRA, say."),
+                "clip": inputs.lazy("CLIP", "Takes these text encoders instead."),
+                "vae": inputs.lazy("VAE", "Takes this autoencoder instead."),
             },
         }  # fmt: skip
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, rolling_window_size=None, rolling_overlap=None, draft=None, steps=None):
-        return inputs.problem(rolling_window_size, rolling_overlap, None, draft, steps, most_steps=100) or True
 
     @classmethod
     def IS_CHANGED(cls, **values):
@@ -108,7 +104,7 @@ class FluxDevAutoRegressiveRollingDiffusionSampler:
         settings = Settings(autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
                             draft, lookahead, context_noise, memory_cap, seed)  # fmt: skip
         notes, canvas = Notes(), (height // 8, width // 8)
-        settings.check(torch.empty(1, 1, *canvas, device="meta"), steps)
+        settings.plan(*canvas, steps, 2)  # refuses what cannot be planned, before anything is loaded
         if fit_window:
             settings = settings.fitted(*canvas, notes)
         offload = enable_cpu_offload == "True"

@@ -14,7 +14,7 @@ from einops import rearrange
 
 from .flux_files import NOWHERE, REPOSITORY
 from .notes import Notes
-from .sampler import Settings
+from .settings import Settings
 
 NEEDED = ("model_index.json", "scheduler/*", "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*",
           "transformer/*", "vae/*")  # fmt: skip

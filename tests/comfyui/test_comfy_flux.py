@@ -30,7 +30,7 @@ def probe(host, model, look, height=24, width=16, batch=1, cfg=3.0, latent=None,
 
 
 def denoiser(host, guider, options, noise, latent, order="top-to-bottom", multiple=2, **settings):
-    plan = host.module("sampler").make_plan(*noise.shape[-2:], 4, order=order, window=16, overlap=8, multiple=multiple)
+    plan = host.module("core.plan").make_plan(*noise.shape[-2:], 4, order=order, window=16, overlap=8, multiple=multiple)
     out = host.module("flux").FluxDenoiser(guider, options, 3, noise, latent, plan=plan, **settings)
     out.begin(noise)
     return out
@@ -121,7 +121,7 @@ def test_levels_and_memory_are_the_librarys(host):
 def test_persistence_0_costs_nothing_and_1_costs_a_commit_each(host, flux):
     """12 rows in strips of 4, one step of draft: calls are ticks, plus one for waiting blocks, plus commits."""
     latent = host.tiny.latent(16, 8)
-    ticks = host.module("sampler").Settings(window=8, overlap=4, draft=1).plan(16, 8, 4, 2).ticks
+    ticks = host.module("settings").Settings(window=8, overlap=4, draft=1).plan(16, 8, 4, 2).ticks
     for persistence, extra in ((0.0, 1), (1.0, 1 + 3)):
         model, seen = host.calls(flux)
         host.ours(model, latent, steps=4, window=8, overlap=4, draft=1, persistence=persistence, cfg=1.0)

@@ -90,7 +90,7 @@ def test_the_defaults_roll_and_the_node_says_what_was_fitted(host, caplog):
 
 @pytest.mark.parametrize("order, window", [("top-to-bottom", 16), ("left-to-right", 32), ("spiral-out", 32)])
 def test_half_of_the_canvas_is_along_the_order(host, order, window):
-    sampler = host.module("sampler")
+    sampler = host.module("settings")
     settings = sampler.Settings(order).fitted(32, 64, host.module("notes").Notes())
     assert (settings.window, settings.overlap) == (window, window // 4)
     small = sampler.Settings(order, window=24)
