@@ -83,10 +83,10 @@ class FluxDevAutoRegressiveRollingDiffusionSampler(inputs.Early):
                 "model": ([FLUX_DEV, EMBEDDED, *(found.name for found in find_flux())], {
                     "default": FLUX_DEV,
                     "tooltip": "FLUX.1-dev is the first that is found. The embedded model ships with this pack."}),
+                **inputs.EXTRAS,  # in the order of saved workflows; what is newer comes behind
                 "fit_window": ("BOOLEAN", {
                     "default": True,
                     "tooltip": "Where the window would cover the picture, so that nothing rolls, take half of it."}),
-                **inputs.EXTRAS,
                 "loaded_model": inputs.lazy("MODEL", "Takes this model instead: one with a LoRA, say."),
                 "clip": inputs.lazy("CLIP", "Takes these text encoders instead."),
                 "vae": inputs.lazy("VAE", "Takes this autoencoder instead."),

@@ -30,7 +30,9 @@ def probe(host, model, look, height=24, width=16, batch=1, cfg=3.0, latent=None,
 
 
 def denoiser(host, guider, options, noise, latent, order="top-to-bottom", multiple=2, **settings):
-    plan = host.module("core.plan").make_plan(*noise.shape[-2:], 4, order=order, window=16, overlap=8, multiple=multiple)
+    plan = host.module("core.plan").make_plan(
+        *noise.shape[-2:], 4, order=order, window=16, overlap=8, multiple=multiple
+    )
     out = host.module("flux").FluxDenoiser(guider, options, 3, noise, latent, plan=plan, **settings)
     out.begin(noise)
     return out

@@ -67,8 +67,8 @@ def test_without_weights_one_sentence_says_what_to_do(install):
     assert choices(install) == ["FLUX.1-dev", "embedded"]
     error = failure(run(install))
     assert error["node_type"] == NODE
-    for word in ("flux1-dev.safetensors", "models/diffusion_models", "clip_l.safetensors", "t5xxl", "models/text_encoders",
-                 "ae.safetensors", "models/vae", "models/checkpoints", "licence", "hf auth login"):  # fmt: skip
+    for word in ("flux1-dev.safetensors", "models/diffusion_models", "clip_l.safetensors", "t5xxl", "ae.safetensors",
+                 "models/text_encoders", "models/vae", "models/checkpoints", "licence", "hf auth login"):  # fmt: skip
         assert word in error["exception_message"], word
 
 
@@ -105,8 +105,8 @@ def stock(text="a red house", negative=None, size=256):
     """The node's own work as a graph of stock nodes: without a negative prompt, and one block."""
     return {
         "10": {"class_type": "UNETLoader", "inputs": {"unet_name": "flux1-dev.safetensors", "weight_dtype": "default"}},
-        "11": {"class_type": "DualCLIPLoader", "inputs": {"clip_name1": "clip_l.safetensors",
-                                                          "clip_name2": "t5xxl_fp8_e4m3fn.safetensors", "type": "flux"}},
+        "11": {"class_type": "DualCLIPLoader", "inputs": {
+            "clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp8_e4m3fn.safetensors", "type": "flux"}},
         "12": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["11", 0], "text": text}},
         "13": {"class_type": "FluxGuidance", "inputs": {"conditioning": ["12", 0], "guidance": 3.5}},
         "14": {"class_type": "ModelSamplingFlux", "inputs": {"model": ["10", 0], "max_shift": 1.15, "base_shift": 0.5,

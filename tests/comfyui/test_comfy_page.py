@@ -96,7 +96,7 @@ def test_nodes_are_found_by_search(page):
 
 
 def test_a_workflow_queued_from_the_page_ends_with_a_picture(page):
-    workflow = json.loads((PACK / "example_workflows" / "tall_canvas.json").read_text(encoding="utf-8"))
+    workflow = json.loads((PACK / "example_workflows" / "rolling_tall_canvas.json").read_text(encoding="utf-8"))
     for node in workflow["nodes"]:
         if node["type"] == "AutoregressiveRollingDiffusionSampler":
             node["widgets_values"][2] = 20 if page.server.real else 3

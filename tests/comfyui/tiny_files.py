@@ -1,4 +1,4 @@
-"""FLUX.1-dev's files in ComfyUI's layouts and key names, small and random; and a ComfyUI that takes such small encoders.
+"""FLUX.1-dev's files in ComfyUI's layouts and key names, small and random; and a ComfyUI for such small encoders.
 
 ComfyUI knows T5-XXL by its 24 layers and one of its two sizes; the other sizes lie in two JSON files of the host. So a
 small host is a copy of the tree with smaller numbers in those two files, and not a line of code changed.
@@ -87,7 +87,6 @@ def t5xxl(seed=2):
 
 def autoencoder(seed=3):
     """FLUX.1's autoencoder in its real size: ComfyUI reads none of its sizes but the channels off the file."""
-    import comfy.ops
     from comfy.ldm.models.autoencoder import AutoencodingEngine
 
     sizes = {"double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
