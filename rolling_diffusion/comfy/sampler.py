@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..core.cohort import ADAPTIVE
 from ..core.order import span
 from ..core.rollout import rollout
-from .canvas import log
+from .canvas import is_compiled, log, uncompiled
 from .flux import FluxDenoiser, per_block_noise
 from .notes import Notes, doubts
 from .settings import Settings, cell_pixels
@@ -85,6 +85,8 @@ class _Run:
         pixels = cell_pixels(guider.inner_model)
         self.plan = settings.plan(*noise.shape[-2:], len(sigmas) - 1, multiple, pixels)
         self._tell(notes, why_not, pixels)
+        if not self.plan.alone:
+            options = uncompiled(options)
         arguments = guider, options, self.seed, noise, self.latent
         if flux:
             self.canvas: FluxDenoiser | WindowDenoiser = FluxDenoiser(
@@ -115,6 +117,8 @@ class _Run:
                 f"A cell of this model is {pixels}×{pixels} pixels: the window of {settings.window} cells of 8×8 is "
                 f"{plan.window} of them, the overlap {plan.overlap}."
             )
+        if is_compiled(self.extra_args.get("model_options", {})):
+            notes.tell("The model runs uncompiled while blocks roll: compiled graphs are made for one kind of call.")
         for sentence in doubts(self.extra_args.get("model_options", {}), self.guider, windows=bool(why_not)):
             notes.warn(sentence)
 

@@ -232,3 +232,31 @@ def test_adaptive_samplers_are_refused_by_name(host, flux):
                        rolling_overlap=16, attention_persistence=0.5)[0]  # fmt: skip
     with pytest.raises(ValueError, match="dpm_adaptive"):
         rolling.sample(None, None, {}, None, None)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd"])
+def test_compiled_models_roll_uncompiled(host, kind, caplog):
+    """torch.compile's graphs don't look at a call's options again; so they are left out, and the node says so."""
+    model = getattr(host.tiny, kind)()
+    latent = host.tiny.latent(16, 8, model.model.latent_format.latent_channels)
+    compiled = host.run("TorchCompileModel", model=model, backend="inductor")[0]
+    with caplog.at_level("INFO", logger="rolling_diffusion"):
+        assert torch.equal(host.ours(compiled, latent, **RUN), host.ours(model, latent, **RUN))
+    assert "runs uncompiled while blocks roll" in caplog.text
+    assert "torch.compile" in compiled.wrappers["apply_model"]  # the user's model keeps it
+
+
+def test_one_block_stays_compiled(host, flux):
+    """With a backend that compiles at once; ComfyUI's guards are taken off as its own node does it."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model, latent, graphs = flux.clone(), host.tiny.latent(8, 8), []
+
+    def backend(graph, inputs, **kwargs):
+        graphs.append(graph)
+        return graph.forward
+
+    set_torch_compile_wrapper(model=model, backend=backend)
+    torch._dynamo.reset()
+    out, stock = host.ours(model, latent), host.stock(flux, latent)
+    assert graphs and (out - stock).abs().mean() < 1e-5 * stock.abs().mean()
