@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..core.memory import Memory
 from .canvas import KEY, Canvas
+from .drift import drift
 from .flux_call import FluxCall
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def per_block_noise(model: Any, options: dict, dimensions: int = 4) -> tuple[boo
         return False, f"{type(getattr(model, 'diffusion_model', model)).__name__} takes one noise level a call"
     if "multigpu_clones" in options:
         return False, "With several GPUs memory cannot be kept"
+    changed = drift(model.diffusion_model)
+    if changed:
+        return False, f"This ComfyUI has changed {changed}, which a noise level per block relies on"
     return True, ""
 
 
