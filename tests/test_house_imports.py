@@ -20,6 +20,7 @@ ALLOWED = {
     "picture": {"numpy", "PIL"},
     "comfy": {
         *("torch", "numpy", "PIL", "tqdm", "einops", "transformers"),  # ComfyUI brings these itself
+        *("diffusers", "huggingface_hub"),  # for a model in diffusers' layout alone
         *("comfy", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "node_helpers", "nodes"),
     },
     "train": None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ import comfy.utils
 import latent_preview
 import torch
 
-from ..core.sigmas import flux_shift
 from . import inputs
 from .embedded import load as load_embedded
 from .flux_files import Found, Parts, find_flux, fingerprint, load_parts
@@ -183,7 +181,8 @@ def _flux_schedule(model: Any, width: int, height: int) -> Any:
         pass
 
     sampling = Sampling(model.model.model_config)
-    sampling.set_parameters(shift=math.log(flux_shift(min(width * height // 256, MOST_TOKENS))))
+    tokens = min(width * height // 256, MOST_TOKENS)
+    sampling.set_parameters(shift=0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))  # as ModelSamplingFlux
     model = model.clone()
     model.add_object_patch("model_sampling", sampling)
     return model
