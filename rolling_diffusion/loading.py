@@ -399,7 +399,7 @@ def explain(error: BaseException, what: str) -> str:
             "not set), or give a local folder or file"
         )
     readable = transformers.utils.is_sentencepiece_available() and transformers.utils.is_protobuf_available()
-    if not readable and re.search("tiktoken|sentencepiece|protobuf", text, re.I):
+    if not readable and re.search("tiktoken|sentencepiece|protobuf", text, re.I):  # transformers guesses among them
         return (
             f"{what} has a tokenizer without a tokenizer.json, and the packages that read it are not installed: "
             "pip install sentencepiece protobuf"
