@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,6 @@ import comfy.utils
 import latent_preview
 import torch
 
-from ..core.sigmas import flux_shift
 from . import inputs
 from .embedded import load as load_embedded
 from .flux_files import Found, Parts, find_flux, fingerprint, load_parts
@@ -177,13 +175,13 @@ def _sample(parts: Parts, settings: Settings, notes: Notes, offload: bool, own: 
 
 
 def _flux_schedule(model: Any, width: int, height: int) -> Any:
-    """The model with FLUX.1-dev's shift for this size, as its makers sample it."""
+    """The model with FLUX.1-dev's shift for this size, as its makers sample it: 0.5 at 256 tokens, 1.15 at most."""
 
     class Sampling(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
         pass
 
     sampling = Sampling(model.model.model_config)
-    sampling.set_parameters(shift=math.log(flux_shift(min(width * height // 256, MOST_TOKENS))))
+    sampling.set_parameters(shift=0.5 + 0.65 * (min(width * height // 256, MOST_TOKENS) - 256) / (MOST_TOKENS - 256))
     model = model.clone()
     model.add_object_patch("model_sampling", sampling)
     return model
