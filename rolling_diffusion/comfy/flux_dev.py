@@ -175,14 +175,13 @@ def _sample(parts: Parts, settings: Settings, notes: Notes, offload: bool, own: 
 
 
 def _flux_schedule(model: Any, width: int, height: int) -> Any:
-    """The model with FLUX.1-dev's shift for this size, as its makers sample it."""
+    """The model with FLUX.1-dev's shift for this size, as its makers sample it: 0.5 at 256 tokens, 1.15 at most."""
 
     class Sampling(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
         pass
 
     sampling = Sampling(model.model.model_config)
-    tokens = min(width * height // 256, MOST_TOKENS)
-    sampling.set_parameters(shift=0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))  # as ModelSamplingFlux
+    sampling.set_parameters(shift=0.5 + 0.65 * (min(width * height // 256, MOST_TOKENS) - 256) / (MOST_TOKENS - 256))
     model = model.clone()
     model.add_object_patch("model_sampling", sampling)
     return model

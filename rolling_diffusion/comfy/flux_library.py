@@ -60,18 +60,17 @@ def _bar() -> type:
     return Bar
 
 
-def open_pipeline(folder: str, dtype: torch.dtype) -> Any:
-    """A pipeline for a folder, rolled: with `draw_latent`, all that this room knows of the pipeline's."""
+def open_pipeline(folder: str) -> Any:
+    """A pipeline for a folder, rolled, on the CPU: with `draw_latent`, all that this room knows of the pipeline's."""
     try:
-        from diffusers import DiffusionPipeline
-
+        from ..loading import load
         from ..pipeline import roll
     except ImportError as error:
         raise ImportError(
             f"A folder in diffusers' layout needs diffusers, transformers and accelerate ({error}): "
             "install the pack's requirements.txt into ComfyUI's Python."
         ) from error
-    return roll(DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype))
+    return roll(load(folder, dtype=torch.bfloat16, device="cpu"))
 
 
 def draw_latent(rolled: Any, settings: Settings, on_tick: Any, **arguments: Any) -> torch.Tensor:
@@ -97,7 +96,7 @@ class LibraryPipeline:
 
     def __init__(self, folder: str, offload: bool):
         self.offload, self.device = offload, management.get_torch_device()
-        self.rolled = open_pipeline(folder, torch.bfloat16)
+        self.rolled = open_pipeline(folder)
         self.pipeline = self.rolled.pipe
         modules = {k: v for k, v in self.pipeline.components.items() if isinstance(v, torch.nn.Module)}
         self.patcher = comfy.model_patcher.ModelPatcher(
