@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | test-comfyui, bench-comfyui COMFYUI_PATH=… | clean       (needs python3 >= 3.10, pip and make)
+# make demo | test | test-lowest | lint | bench | test-comfyui, bench-comfyui COMFYUI_PATH=… | clean   (needs python3 >= 3.10, pip, make)
 
 PYTHON ?= python3
 # What pip installs as torch. A wheel, a file or a version of your own: make demo TORCH=torch==2.8.0
@@ -10,7 +10,7 @@ GENERATE := $(VENV)/bin/rolling-diffusion generate
 DEMO_PROMPT := "a purple kite above a green house in daylight over green hills" --seed 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv install demo test lint format bench checkout test-comfyui bench-comfyui clean
+.PHONY: help venv install demo test test-lowest lint format bench checkout test-comfyui bench-comfyui clean
 .DELETE_ON_ERROR:
 
 help:
@@ -43,6 +43,23 @@ demo: $(STAMP)
 test: lint
 	$(PY) -m pytest
 
+# The suite's core on the lowest versions that pyproject.toml admits, in an environment made anew (uv, from pip, can choose
+# those; where an old release has no wheel for this Python, the next one that has). The oldest of all:
+# make test-lowest LOWEST_PYTHON=python3.10
+LOWEST := .venv-lowest
+LOWEST_PYTHON ?= $(PYTHON)
+LOWEST_TORCH ?= torch==2.5.0
+CORE = $(filter-out tests/test_house_% tests/test_train.py tests/test_benchmarks.py,$(sort $(wildcard tests/test_*.py)))
+INTO_LOWEST = $(VENV)/bin/uv pip install --quiet --python $(LOWEST)
+test-lowest: $(PY)
+	$(PY) -m pip install --quiet uv
+	$(VENV)/bin/uv venv --quiet --clear --python $(LOWEST_PYTHON) $(LOWEST)
+	$(INTO_LOWEST) $(LOWEST_TORCH)
+	$(INTO_LOWEST) --no-build --resolution lowest-direct -e '.[test]'
+	$(INTO_LOWEST) --no-deps k-diffusion==0.1.1.post1
+	$(VENV)/bin/uv pip list --python $(LOWEST)
+	$(LOWEST)/bin/python -m pytest -rs $(CORE)
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -70,4 +87,4 @@ bench-comfyui: checkout
 
 clean:
 	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -38,7 +38,7 @@ def plan_of(width: int, height: int, way: dict[str, Any] | None, steps: int = ST
 
 def arithmetic(plan: Plan, shape: dict[str, int], text: int = TEXT) -> float:
     """Floating-point operations of a run: 24 d² a token and layer, 4 d a query-key pair and layer, d the width."""
-    cost, width = plan.cost(text, CARD.memory_tokens), 128 * shape["num_attention_heads"]
+    cost, width = plan.cost(text, CARD.reach), 128 * shape["num_attention_heads"]
     layers = shape["num_layers"] + shape["num_single_layers"]
     return layers * (24 * width**2 * cost.token_evaluations + 4 * width * cost.pairs)
 
@@ -58,8 +58,8 @@ def predictions() -> str:
                     f"| {width}×{height} | {name} | {plan.ticks} | 1.00 | 1.00 | one block: ordinary sampling | none |"
                 )
                 continue
-            cost = plan.cost(TEXT, CARD.memory_tokens)
-            stored = min(CARD.memory_tokens, plan.height * plan.width // plan.multiple**2)
+            cost = plan.cost(TEXT, CARD.reach)
+            stored = min(CARD.reach, plan.height * plan.width // plan.multiple**2)
             gigabytes = stored * 2 * 57 * 3072 * 2 / 2**30
             lines.append(
                 f"| {width}×{height} | {name} | {cost.ticks + cost.waiting_calls + cost.commits} | "

@@ -33,7 +33,7 @@ class Card:
     max_sequence_length  tokens of the prompt
     window, overlap      cells; window None: half of the canvas, advancing by half of itself
     native_tokens        image tokens up to which a block sees the whole canvas by default
-    memory_tokens        most tokens that are attended to in memory
+    memory_tokens        most tokens that are attended to in memory; None: native_tokens, as the model was made for
     """
 
     trained: bool = False
@@ -48,15 +48,17 @@ class Card:
     window: int | None = 64
     overlap: int = 16
     native_tokens: int = 4096
-    memory_tokens: int = 8192
+    memory_tokens: int | None = None
 
     def __post_init__(self) -> None:
         def need(good: bool, name: str, allowed: str) -> None:
             if not good:
                 raise ValueError(f"the model's card says {name} = {getattr(self, name)!r}, and must say {allowed}")
 
-        for name in ("size", "steps", "max_sequence_length", "native_tokens", "memory_tokens"):
+        for name in ("size", "steps", "max_sequence_length", "native_tokens"):
             need(_is_whole(getattr(self, name)) and getattr(self, name) > 0, name, "a whole number above 0")
+        cap = self.memory_tokens
+        need(cap is None or (_is_whole(cap) and cap > 0), "memory_tokens", "a whole number above 0, or null")
         need(isinstance(self.trained, bool), "trained", "true or false")
         need(self.text_level in TEXT_LEVELS, "text_level", f"one of {', '.join(TEXT_LEVELS)}")
         need(_is_share(self.draft), "draft", "a share from 0 to below 1")
@@ -94,6 +96,11 @@ class Card:
     def entries(self) -> dict[str, Any]:
         """What `of` reads."""
         return asdict(self)
+
+    @property
+    def reach(self) -> int:
+        """Most tokens that are attended to in memory."""
+        return self.native_tokens if self.memory_tokens is None else self.memory_tokens
 
     def draft_steps(self, steps: int) -> int:
         """Draft steps of so many steps: at least one is left to the blocks."""

@@ -26,6 +26,24 @@ def test_requirements_are_those_of_the_package():
     assert listed("\n".join(re.findall(r'"(.+?)"', block[1]))) == listed((ROOT / "requirements.txt").read_text())
 
 
+def test_every_requirement_has_a_floor_and_the_lowest_torch_is_it():
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", PYPROJECT, re.S | re.M)
+    assert block is not None
+    requirements = re.findall(r'"(.+?)"', block[1])
+    assert all(re.fullmatch(r"[a-z]+>=[\d.]+", name) for name in requirements), requirements
+    torch = next(name for name in requirements if name.startswith("torch")).replace(">=", "==")
+    assert f"LOWEST_TORCH ?= {torch}.0\n" in (ROOT / "Makefile").read_text()
+
+
+def test_types_ship_and_so_does_all_that_a_source_release_names():
+    assert (Path(rolling_diffusion.__file__).parent / "py.typed").is_file()
+    block = re.search(r"only-include = \[\n(.*?)^\]", PYPROJECT, re.S | re.M)
+    assert block is not None
+    named = re.findall(r'"(.+?)"', block[1])
+    assert {"tests", "Makefile", "benchmarks", "requirements.txt"} <= set(named)
+    assert all((ROOT / name).exists() for name in named)
+
+
 def test_no_requirement_is_pinned():
     assert "==" not in (ROOT / "requirements.txt").read_text()
 

@@ -12,7 +12,7 @@ from tiny_families import draw, make
 from tiny_pipeline import call, pipeline
 
 from rolling_diffusion.core.memory import Memory
-from rolling_diffusion.core.order import make_order
+from rolling_diffusion.core.order import Block, make_order
 from rolling_diffusion.defaults import Card
 from rolling_diffusion.models.flux import unpack
 from rolling_diffusion.pipeline import SAMPLERS, SPACINGS, roll, run
@@ -199,6 +199,22 @@ def test_orders(rolled, order):
     assert ticks[0].blocks == (make_order(order, 16, 16, 4)[0],)
 
 
+def test_an_order_of_the_callers_own(rolled):
+    def inward(down, across, seed):
+        return sorted(range(down * across), key=lambda i: -abs(2 * (i // across) - down + 1))
+
+    ticks = []
+    call(rolled, **ROLL, order=inward, height=16, width=16, on_tick=ticks.append)
+    first = [t.blocks[0].top for t in ticks]
+    assert first[0] in (0, 12) and first[-1] in (4, 8)
+    blocks = [Block(0, 0, 0, 16, 6), Block(1, 0, 6, 16, 10)]
+    ticks.clear()
+    call(rolled, **ROLL, order=blocks, height=16, width=16, lag="autoregressive", on_tick=ticks.append)
+    assert [t.blocks[0] for t in ticks] == [blocks[0]] * 4 + [blocks[1]] * 4
+    with pytest.raises(ValueError, match="must cover the canvas"):
+        call(rolled, **ROLL, order=blocks[:1], height=16, width=16)
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_named_samplers_step_like_the_pipeline_would_with_that_scheduler(pipe, rolled, sampler, spacing):
@@ -373,3 +389,21 @@ def test_numpy_numbers_pass_as_in_diffusers(rolled):
     expected = call(rolled, **ROLL)
     found = call(rolled, window=np.int64(8), overlap=np.int32(4), draft=np.int64(0), num_inference_steps=np.int64(4))
     assert torch.equal(found, expected)
+
+
+def test_what_rolls_on_a_long_canvas_takes_the_same_memory_however_long_it_is(monkeypatch):
+    """Finished blocks beyond the model's native size are forgotten, waiting ones not yet stored."""
+    rolled = roll(pipeline(), Card(native_tokens=64, window=16, overlap=8))
+    put, most = Memory.put, []
+
+    def watched(self, *args):
+        put(self, *args)
+        most.append(self.tokens)
+
+    monkeypatch.setattr(Memory, "put", watched)
+    found = []
+    for height in (128, 512):
+        most.clear()
+        call(rolled, height=height, width=8, draft=0, num_inference_steps=2)
+        found.append(max(most))
+    assert found[0] == found[1] < 128 * 8 // 4

@@ -89,18 +89,8 @@ class WindowDenoiser(Canvas):
 
     def _window(self, block: Block) -> tuple[Box, Tensor]:
         """The block and up to `overlap` cells on each side where something is known; and its cells' weights."""
-        height, width = self.known.shape
-        reach = self.plan.overlap if self.persistence > 0 else 0
-        top, left = block.top, block.left
-        bottom, right = min(block.rows.stop, height), min(block.columns.stop, width)
-        while top > 0 and block.top - top < reach and self.known[top - 1, left:right].any():
-            top -= 1
-        while bottom < height and bottom - block.rows.stop < reach and self.known[bottom, left:right].any():
-            bottom += 1
-        while left > 0 and block.left - left < reach and self.known[top:bottom, left - 1].any():
-            left -= 1
-        while right < width and right - block.columns.stop < reach and self.known[top:bottom, right].any():
-            right += 1
+        height, width, top, left = grow(block, self.known, self.plan.overlap if self.persistence > 0 else 0)
+        bottom, right = top + height, left + width
         rows = torch.arange(top, bottom)[:, None]
         columns = torch.arange(left, right)[None]
         gap = torch.maximum(
@@ -202,6 +192,40 @@ class WindowDenoiser(Canvas):
         if k.shape[axis] != tokens or tokens not in grids or tokens == self.context:
             return None
         return grids[tokens].clamp(min=torch.finfo(torch.float32).tiny).log()[None].to(q)
+
+
+def grow(block: Block, known: Tensor, reach: int) -> Box:
+    """The block and up to `reach` cells on each side, as far as anything is known there."""
+    height, width = known.shape
+    top, left = block.top, block.left
+    bottom, right = min(block.rows.stop, height), min(block.columns.stop, width)
+    while top > 0 and block.top - top < reach and known[top - 1, left:right].any():
+        top -= 1
+    while bottom < height and bottom - block.rows.stop < reach and known[bottom, left:right].any():
+        bottom += 1
+    while left > 0 and block.left - left < reach and known[top:bottom, left - 1].any():
+        left -= 1
+    while right < width and right - block.columns.stop < reach and known[top:bottom, right].any():
+        right += 1
+    return bottom - top, right - left, top, left
+
+
+def plan_of_windows(plan: Plan) -> str:
+    """A plan's description, with the cost of windows: one call for each block and tick, of the window's area."""
+    known = torch.zeros(plan.height, plan.width, dtype=torch.bool)
+    known[:] = plan.draft > 0
+    calls, cells, canvas = plan.draft, plan.draft * known.numel(), plan.height * plan.width
+    reach = plan.overlap if plan.persistence > 0 else 0
+    for tick in range(plan.draft, plan.ticks):
+        for index in plan.moving(tick):
+            block = plan.blocks[index]
+            height, width, *_ = grow(block, known, reach)
+            known[block.rows, block.columns] = True
+            calls, cells = calls + 1, cells + height * width
+    rows = [line for line in str(plan).splitlines() if not line.startswith(("calls", "tokens", "cost"))]
+    rows.append(f"calls   {plan.draft} of the whole canvas + {calls - plan.draft} of windows")
+    rows.append(f"cost    {cells} cells, {cells / (plan.steps * canvas):.2f} of ordinary sampling")
+    return "\n".join(rows)
 
 
 def _plane(area: Sequence[int]) -> Box:

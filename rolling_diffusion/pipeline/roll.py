@@ -131,7 +131,7 @@ class Rolling:
                         raise ValueError(sentence)
             return plan
 
-        cap = card.memory_tokens if memory_tokens is None else whole("memory_tokens", memory_tokens, 0)
+        cap = card.reach if memory_tokens is None else whole("memory_tokens", memory_tokens, 0)
         offloaded = bool(getattr(pipe, "_all_hooks", None))
         kept: list[Any] = [memory_device]
 

@@ -127,7 +127,7 @@ def test_gligen_is_refused_with_a_sentence(host, sd):
 
 def test_video_latents_roll_over_rows_and_columns(host, sd):
     """Five dimensions: the plan is over the last two."""
-    plan = host.module("sampler").Settings(window=8, overlap=4).plan(16, 8, 4, 1)
+    plan = host.module("settings").Settings(window=8, overlap=4).plan(16, 8, 4, 1)
     assert [b.height for b in plan.blocks] == [4, 4, 4, 4]
 
 
