@@ -52,15 +52,15 @@ WINDOWED_STEPS, CFG, SEED = 20, 2.5, 1_000_000
 class Windows:
     """KSampler and the node on the embedded model, which is denied its noise level per block."""
 
-    def __init__(self, nodes: dict[str, Any], pictures: Path | None):
-        self.nodes, self.pictures = nodes, pictures
+    def __init__(self, nodes: dict[str, Any], pictures: Path | None, dtype: str):
+        self.nodes, self.pictures, self.dtype = nodes, pictures, dtype
         package = nodes["AutoregressiveRollingDiffusionSampler"].__module__.rpartition(".")[0]
         sampler = sys.modules[f"{package}.sampler"]
         sampler.per_block_noise = lambda *_: (False, "This benchmark takes one noise level a call")  # pyright: ignore[reportAttributeAccessIssue]
         self.model, self.clip, self.vae = nodes["LoadEmbeddedRollingModel"]().load()
 
     def one(self, canvas: tuple, index: int, prompt: Any, way: str) -> dict[str, Any]:
-        """A picture's verdict, and the seconds of CPU that sampling it took."""
+        """A picture's verdict, the seconds of CPU that sampling it took, and the mean colours of its rows of cells."""
         import numpy
         import torch
 
@@ -84,11 +84,13 @@ class Windows:
             self.pictures.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(self.pictures / f"{width}x{height}-{index:03}-{way}.png")
         verdict = judge(prompt, pixels)
+        profile = pixels.reshape(height // 8, 8 * width, 3).mean(1).round().astype(int).tolist()
         return {"task": verdict.task, "right": bool(verdict.right), "found": verdict.found,
-                "invented": verdict.invented, "seconds": seconds}  # fmt: skip
+                "invented": verdict.invented, "seconds": seconds, "rows": profile}  # fmt: skip
 
     def run(self, count: int, results: Path) -> Iterator[str]:
         """A line for each canvas. Each picture is kept in `results` as it is done."""
+        import numpy
         import torch
 
         from rolling_diffusion.world.score import Verdict, difference, make_prompts, more_invented, summary
@@ -101,7 +103,7 @@ class Windows:
             rows: dict[str, list[dict]] = {"KSampler": [], "windows": []}
             for index, prompt in enumerate(prompts):
                 for way in rows:
-                    key = [*canvas, index, way]
+                    key = [self.dtype, *canvas, index, way]
                     if json.dumps(key) not in done:
                         with torch.inference_mode():
                             done[json.dumps(key)] = self.one(canvas, index, prompt, way)
@@ -114,12 +116,14 @@ class Windows:
             ]
             ratio = sum(r["seconds"] for r in rows["windows"]) / sum(r["seconds"] for r in rows["KSampler"])
             width, height, order, window, overlap = canvas
+            profiles = [numpy.array([r["rows"] for r in rows[way]]) for way in rows]
+            apart = abs(profiles[0] - profiles[1]).mean()
             yield (
                 f"{width}×{height} {order}, window {window}, overlap {overlap}, {count} prompts: score {scores[1]}, "
                 f"KSampler's {scores[0]}; difference "
                 + "{:+.3f} ({:+.3f} to {:+.3f})".format(*difference(ours, stock))
                 + ", of invented objects {:+.3f} ({:+.3f} to {:+.3f})".format(*more_invented(ours, stock))
-                + f"; {ratio:.2f} of its CPU time."
+                + f"; rows of cells differ by {apart:.1f} of 255; {ratio:.2f} of its CPU time."
             )
 
 
@@ -142,7 +146,7 @@ def main() -> int:
 
         comfy.model_management.unet_manual_cast = lambda *_, **__: None
     if args.windows:
-        for line in Windows(nodes, pictures).run(args.prompts, results):
+        for line in Windows(nodes, pictures, "bfloat16" if args.bf16 else "float32").run(args.prompts, results):
             print(line, flush=True)
         return 0
     import torch
