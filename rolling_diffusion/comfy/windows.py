@@ -310,7 +310,8 @@ def plan_of_windows(plan: Plan, model: Any = None) -> str:
     cells = plan.draft * math.prod(canvas) + run * sum(height * width for height, width, *_ in boxes)
     rows = [line for line in str(plan).splitlines() if not line.startswith(("calls", "tokens", "cost"))]
     height, width = map(max, list(zip(*boxes))[:2])
-    rows.append(f"calls   {plan.draft} of the whole canvas + {run * len(boxes)} of {height} × {width} cells")
+    calls = f"{plan.draft} of the whole canvas + {run * len(boxes)} of windows, up to {height} × {width} cells"
+    rows.append(f"calls   {calls}")
     rows.append(f"cost    {cells} cells, {cells / (plan.steps * math.prod(canvas)):.2f} of ordinary sampling")
     return "\n".join(rows)
 
