@@ -22,7 +22,7 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
 from torch import Tensor
 
-from .canvas import KEY, Canvas
+from .canvas import KEY, Canvas, log
 
 if TYPE_CHECKING:
     from ..core.order import Block
@@ -53,7 +53,7 @@ class WindowDenoiser(Canvas):
         self.window: Box | None = None
         self.weights: Tensor | None = None  # attention weight of each cell of the window
         self.context = -1  # tokens of the text
-        self.used = False  # has any attention taken the weights?
+        self.used: bool | None = None  # has any attention taken weights, where there were any?
         self.controls: dict = {}
         self.options = copy_nested_dicts(self.options)
         for kind, wrapper in (
@@ -91,6 +91,9 @@ class WindowDenoiser(Canvas):
     def clear(self) -> None:
         self.controls.clear()
         self.seen.clear()
+        if self.used is False:
+            name = type(self.guider.inner_model.diffusion_model).__name__
+            log.info("Rolling: %s attends to text and picture at once: attention_persistence changes nothing.", name)
 
     # --- a window ----------------------------------------------------------------------------------------------------
 
@@ -227,6 +230,7 @@ class WindowDenoiser(Canvas):
         if weights.shape != x.shape[-2:]:  # a conditioning's own area within the window
             return executor(x, t, concat, context, control, options, **kwargs)
         self.context = context.shape[1] if isinstance(context, Tensor) and context.ndim > 1 else -1
+        self.used = bool(self.used)
         grids = _grids(weights)
         previous = options.get("optimized_attention_override")
 

@@ -121,6 +121,17 @@ def test_persistence_acts_in_the_model(host, sd):
     assert all(not torch.equal(a[..., 4:, :], b[..., 4:, :]) for a, b in itertools.pairwise(outs))
 
 
+def test_persistence_without_effect_is_said(host, sd, monkeypatch, caplog):
+    """Where text and picture attend together there is no attention of the picture alone to weigh."""
+    run = {"window": 8, "overlap": 4, "draft": 0, "steps": 2}
+    with caplog.at_level("INFO", logger="rolling_diffusion"):
+        host.ours(sd, host.tiny.latent(16, 8, 4), **run)
+        assert "changes nothing" not in caplog.text
+        monkeypatch.setattr(host.module("sampler"), "per_block_noise", lambda *_: (False, "one noise level a call"))
+        outs = [host.ours(host.tiny.flux(), host.tiny.latent(16, 8), persistence=p, **run) for p in (0.5, 1.0)]
+    assert torch.equal(*outs) and caplog.text.count("attention_persistence changes nothing") == 1
+
+
 class Hint:
     """A ControlNet that records the hint it is given, pixel for pixel."""
 
