@@ -46,7 +46,7 @@ class WindowDenoiser(Canvas):
         self.plan, self.persistence = plan, persistence
         model = self.guider.inner_model.diffusion_model
         self.unit = side_of_token(model)  # a window is whole tokens, and lies on the canvas's own
-        self.shape = window_shape(plan, *self.noise.shape[-2:], model, persistence)
+        self.shape = window_shape(plan, self.noise.shape[-2:], model, persistence)
         self.eps = self.noise.clone()  # what is noise in each cell, as the model sees it
         self.begun = torch.zeros(self.noise.shape[-2:], dtype=torch.bool)  # cells of blocks that have left the draft
         self.seen: dict[Block, tuple[Tensor, Tensor]] = {}  # x0 and eps of the canvas, as a block in motion imagines it
@@ -272,18 +272,17 @@ def knows_places(model: Any) -> bool:
     return type(model).__name__ in PLACED and hasattr(comfy.model_patcher.ModelPatcher, "set_model_rope_options")
 
 
-def window_shape(plan: Plan, height: int, width: int, model: Any = None, persistence: float = 1.0) -> tuple[int, int]:
+def window_shape(plan: Plan, canvas: Sequence[int], model: Any = None, persistence: float = 1.0) -> tuple[int, int]:
     """Rows and columns of a window (cells): the plan's, or the most that the budget allows."""
-    first, unit = plan.blocks[0], side_of_token(model)
+    first, unit, (height, width) = plan.blocks[0], side_of_token(model), canvas
     if plan.alone:
         return height, width
 
     def grown(size: int) -> tuple[int, int]:
         """So many cells along each axis that blocks are cut along."""
         size = -(-size // unit) * unit
-        return min(height, size if first.height < height else height), min(
-            width, size if first.width < width else width
-        )
+        down, across = (size if first.height < height else height), (size if first.width < width else width)
+        return min(down, height), min(across, width)
 
     budget = BUDGET if knows_places(model) else UNPLACED
     run = plan.steps - plan.draft
@@ -318,7 +317,7 @@ def place(block: Block, shape: tuple[int, int], canvas: Sequence[int], unit: int
 def plan_of_windows(plan: Plan, model: Any = None) -> str:
     """A plan's description, with the cost of windows: one call for each block and step after the draft."""
     run, canvas = plan.steps - plan.draft, (plan.height, plan.width)
-    shape, unit = window_shape(plan, *canvas, model, plan.persistence), side_of_token(model)
+    shape, unit = window_shape(plan, canvas, model, plan.persistence), side_of_token(model)
     boxes = [place(block, shape, canvas, unit) for block in plan.blocks]
     cells = plan.draft * math.prod(canvas) + run * sum(height * width for height, width, *_ in boxes)
     rows = [line for line in str(plan).splitlines() if not line.startswith(("calls", "tokens", "cost"))]

@@ -39,7 +39,7 @@ def test_windows_hold_their_block_on_whole_tokens(host, order, height, width):
         plan = settings.Settings(order, window, overlap, draft=draft).plan(height, width, 8)
         for unit in (1, 2, 8):
             patched = type("Patched", (), {"patch_size": unit})()
-            shape = windows.window_shape(plan, height, width, patched)
+            shape = windows.window_shape(plan, (height, width), patched)
             for block, box in zip(plan.blocks, boxes(host, plan.blocks, shape, (height, width), unit)):
                 rows, columns, top, left = box
                 assert top % unit == left % unit == 0
@@ -56,7 +56,7 @@ def test_larger_windows_cost_no_more_than_the_budget(host, monkeypatch):
             plan = settings.Settings(order, window, overlap).plan(height, width, 20)
             for kind, budget in (("Flux", windows.BUDGET), ("UNetModel", windows.UNPLACED)):
                 monkeypatch.setattr(windows, "knows_places", lambda model: type(model).__name__ == "Flux")
-                shape = windows.window_shape(plan, height, width, type(kind, (), {})())
+                shape = windows.window_shape(plan, (height, width), type(kind, (), {})())
                 cells = plan.draft * height * width + 10 * len(plan.blocks) * shape[0] * shape[1]
                 if plan.window not in shape:
                     grown += 1
