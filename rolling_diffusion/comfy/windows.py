@@ -5,7 +5,7 @@ one. What is finished, or moves ahead, is noised to that level from its newest x
 it, and is denoised along with the block, as in ordinary sampling: so the model sees surroundings such as it was trained
 on. Only the block's own answer is kept; what it imagined around itself is forgotten when it is done.
 
-A window is at least the plan's window, and larger where sampling all of the canvas this way costs little (`BUDGET`).
+A window is at least the plan's window, and as much larger as costs allow (`BUDGET`).
 Attention persistence p scales the unnormalised attention weight that earlier blocks, a blocks away, get by p**a.
 """
 
@@ -16,12 +16,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_patcher
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
 from torch import Tensor
 
-from .canvas import KEY, Canvas
+from .canvas import KEY, Canvas, log
 
 if TYPE_CHECKING:
     from ..core.order import Block
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 
 Box = tuple[int, int, int, int]  # height, width, top, left in cells, as ComfyUI writes areas
 
-BUDGET = 1.5  # of ordinary sampling's cells: windows see as much of the canvas as this allows
+# Windows see as much of the canvas as so many times the cells of ordinary sampling allow. A model that cannot be told
+# where its window lies draws sky and ground anew in a part of the canvas: it sees the whole, where this allows it.
+BUDGET, UNPLACED = 1.5, 2.5
 LEAST = {"PixArtMS": 66}  # cells of height and width together, below which a model's positions are not defined
 PLACED = ("Flux", "NextDiT", "WanModel", "ErnieImageModel")  # transformers whose positions ComfyUI can shift
 
@@ -43,14 +46,14 @@ class WindowDenoiser(Canvas):
         self.plan, self.persistence = plan, persistence
         model = self.guider.inner_model.diffusion_model
         self.unit = side_of_token(model)  # a window is whole tokens, and lies on the canvas's own
-        self.shape = window_shape(plan, *self.noise.shape[-2:], model, persistence)
+        self.shape = window_shape(plan, self.noise.shape[-2:], model, persistence)
         self.eps = self.noise.clone()  # what is noise in each cell, as the model sees it
         self.begun = torch.zeros(self.noise.shape[-2:], dtype=torch.bool)  # cells of blocks that have left the draft
         self.seen: dict[Block, tuple[Tensor, Tensor]] = {}  # x0 and eps of the canvas, as a block in motion imagines it
         self.window: Box | None = None
         self.weights: Tensor | None = None  # attention weight of each cell of the window
         self.context = -1  # tokens of the text
-        self.used = False  # has any attention taken the weights?
+        self.used: bool | None = None  # has any attention taken weights, where there were any?
         self.controls: dict = {}
         self.options = copy_nested_dicts(self.options)
         for kind, wrapper in (
@@ -88,6 +91,9 @@ class WindowDenoiser(Canvas):
     def clear(self) -> None:
         self.controls.clear()
         self.seen.clear()
+        if self.used is False:
+            name = type(self.guider.inner_model.diffusion_model).__name__
+            log.info("Rolling: %s attends to text and picture at once: attention_persistence changes nothing.", name)
 
     # --- a window ----------------------------------------------------------------------------------------------------
 
@@ -142,7 +148,7 @@ class WindowDenoiser(Canvas):
         given = kwargs.get("transformer_options"), *args
         options = next((each for each in given if isinstance(each, dict) and "wrappers" in each), None)
         model = executor.class_obj
-        if self.window is None or options is None or type(model).__name__ not in PLACED:
+        if self.window is None or options is None or not knows_places(model):
             return executor(x, *args, **kwargs)
         if tuple(x.shape[-2:]) != self.window[:2]:  # a conditioning's own area: no model is told where these lie
             return executor(x, *args, **kwargs)
@@ -224,6 +230,7 @@ class WindowDenoiser(Canvas):
         if weights.shape != x.shape[-2:]:  # a conditioning's own area within the window
             return executor(x, t, concat, context, control, options, **kwargs)
         self.context = context.shape[1] if isinstance(context, Tensor) and context.ndim > 1 else -1
+        self.used = bool(self.used)
         grids = _grids(weights)
         previous = options.get("optimized_attention_override")
 
@@ -260,21 +267,26 @@ def side_of_token(model: Any) -> int:
     return patch if isinstance(patch, int) and patch > 0 else 1
 
 
-def window_shape(plan: Plan, height: int, width: int, model: Any = None, persistence: float = 1.0) -> tuple[int, int]:
-    """Rows and columns of a window (cells): the plan's, or the most that costs no more than BUDGET in all."""
-    first, unit = plan.blocks[0], side_of_token(model)
+def knows_places(model: Any) -> bool:
+    """Can this model be told where on the canvas its window lies?"""
+    return type(model).__name__ in PLACED and hasattr(comfy.model_patcher.ModelPatcher, "set_model_rope_options")
+
+
+def window_shape(plan: Plan, canvas: Sequence[int], model: Any = None, persistence: float = 1.0) -> tuple[int, int]:
+    """Rows and columns of a window (cells): the plan's, or the most that the budget allows."""
+    first, unit, (height, width) = plan.blocks[0], side_of_token(model), canvas
     if plan.alone:
         return height, width
 
     def grown(size: int) -> tuple[int, int]:
         """So many cells along each axis that blocks are cut along."""
         size = -(-size // unit) * unit
-        return min(height, size if first.height < height else height), min(
-            width, size if first.width < width else width
-        )
+        down, across = (size if first.height < height else height), (size if first.width < width else width)
+        return min(down, height), min(across, width)
 
+    budget = BUDGET if knows_places(model) else UNPLACED
     run = plan.steps - plan.draft
-    afford = (BUDGET * plan.steps - plan.draft) * height * width / (run * len(plan.blocks))
+    afford = (budget * plan.steps - plan.draft) * height * width / (run * len(plan.blocks))
     least = LEAST.get(type(model).__name__, 1)
     size = plan.window if persistence > 0 else 0  # without context, the block alone
     while size < max(height, width) and (
@@ -305,7 +317,7 @@ def place(block: Block, shape: tuple[int, int], canvas: Sequence[int], unit: int
 def plan_of_windows(plan: Plan, model: Any = None) -> str:
     """A plan's description, with the cost of windows: one call for each block and step after the draft."""
     run, canvas = plan.steps - plan.draft, (plan.height, plan.width)
-    shape, unit = window_shape(plan, *canvas, model, plan.persistence), side_of_token(model)
+    shape, unit = window_shape(plan, canvas, model, plan.persistence), side_of_token(model)
     boxes = [place(block, shape, canvas, unit) for block in plan.blocks]
     cells = plan.draft * math.prod(canvas) + run * sum(height * width for height, width, *_ in boxes)
     rows = [line for line in str(plan).splitlines() if not line.startswith(("calls", "tokens", "cost"))]
