@@ -20,7 +20,7 @@ NODE_CLASS_MAPPINGS = {
 
 NODE_DISPLAY_NAME_MAPPINGS = {
     # The page's search ranks by these names: whoever looks for a KSampler is to see ours.
-    "AutoregressiveRollingDiffusionSampler": "Autoregressive Rolling Diffusion Sampler (KSampler)",
+    "AutoregressiveRollingDiffusionSampler": "Autoregressive Rolling Diffusion Sampler",
     "AutoregressiveRollingDiffusionSamplerAdvanced": "Autoregressive Rolling Diffusion Sampler (KSampler Advanced)",
     "FluxDevAutoRegressiveRollingDiffusionSampler": "Flux-Dev Autoregressive Rolling Diffusion Sampler",
     "RollingSampler": "Rolling Sampler",

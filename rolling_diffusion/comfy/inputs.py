@@ -31,19 +31,19 @@ PERSISTENCE: Any = ("FLOAT", {
     "tooltip": "How much weight finished blocks keep, per block of distance: 1 remembers all, 0 nothing."})  # fmt: skip
 EXTRAS: dict[str, Any] = {
     "draft": ("INT", {
-        "default": -1, "min": -1, "max": 9999,
+        "default": -1, "min": -1, "max": 9999, "advanced": True,
         "tooltip": "Steps that the whole canvas takes together before the blocks part. More draft, more coherence. "
         "-1 is half of the steps."}),
     "lookahead": ("INT", {
-        "default": -1, "min": -1, "max": 16384, "step": 1,
+        "default": -1, "min": -1, "max": 16384, "step": 1, "advanced": True,
         "tooltip": "Cells ahead that blocks still waiting are attended to (Flux). -1 is the whole canvas, "
         "of more than a megapixel one window; 0 none."}),
     "context_noise": ("FLOAT", {
-        "default": 0.0, "min": 0.0, "max": 0.5, "step": 0.01,
+        "default": 0.0, "min": 0.0, "max": 0.5, "step": 0.01, "advanced": True,
         "tooltip": "Noise level at which finished blocks are remembered (Flux). A little (0.01) can steady long "
         "canvases."}),
     "memory_cap": ("INT", {
-        "default": 0, "min": 0, "max": 1048576, "step": 256,
+        "default": 0, "min": 0, "max": 1048576, "step": 256, "advanced": True,
         "tooltip": "Most tokens that memory holds (Flux). 0 is no cap. FLUX.1-dev needs 0.7 MB a token in bf16."}),
 }  # fmt: skip
 

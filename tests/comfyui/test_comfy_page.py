@@ -81,11 +81,8 @@ def test_widgets_show_the_defaults(page):
 
 
 SHOWN = {
-    "rolling": ("Rolling Plan Preview", "Autoregressive Rolling Diffusion Sampler (KSampler)", "Rolling Sampler"),
-    "ksampler": (
-        "Autoregressive Rolling Diffusion Sampler (KSampler)",
-        "Autoregressive Rolling Diffusion Sampler (KSampler Advanced)",
-    ),
+    "rolling": ("Rolling Plan Preview", "Autoregressive Rolling Diffusion Sampler", "Rolling Sampler"),
+    "ksampler": ("Autoregressive Rolling Diffusion Sampler (KSampler Advanced)",),
 }
 
 
