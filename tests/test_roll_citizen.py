@@ -7,6 +7,7 @@ import io
 import diffusers
 import pytest
 import torch
+from diffusers.loaders import lora_conversion_utils
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from peft import LoraConfig
@@ -90,6 +91,8 @@ FORMATS = {
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_loras_of_other_programs(kind):
+    if kind == "kohya for FLUX.2" and not hasattr(lora_conversion_utils, "_convert_kohya_flux2_lora_to_diffusers"):
+        pytest.skip("diffusers reads these from 0.38 on")
     name, (down, up), rows = FORMATS[kind]
     pipe, arguments = make(name)
     rolled = roll(pipe)

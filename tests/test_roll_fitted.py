@@ -38,7 +38,7 @@ def offload_in_groups(pipe, kind):
 def offload_models(pipe):
     _, first = accelerate.cpu_offload_with_hook(pipe.transformer, CPU)
     _, second = accelerate.cpu_offload_with_hook(pipe.vae, CPU, prev_module_hook=first)
-    pipe._all_hooks = [first, second]
+    pipe._all_hooks, pipe._offload_device = [first, second], CPU
 
 
 def offload_layers(pipe):
