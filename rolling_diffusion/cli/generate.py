@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..defaults import CELL, TOKEN
 from .animation import SUFFIXES, Film, check_mp4, save_animation
 from .arguments import LAST_SEED, Parser, decimal, name_in, whole_number
 from .files import check_apart, check_target, free, read_picture, save_json, save_png
 from .model import DTYPES, EMBEDDED, QUANTIZERS, card_of, device_named, load, locate, lora, resolved, warnings_of
 from .replay import changed, record, replayed
-from .settings import CELL, PLAN_DEFAULTS, TOKEN, add_plan_options, check_room, complete, fitted, plan_of
+from .settings import PLAN_DEFAULTS, add_plan_options, check_room, complete, fitted, plan_of
 
 if TYPE_CHECKING:
     from PIL import Image
