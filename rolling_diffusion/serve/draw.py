@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -84,7 +83,9 @@ def moments(plan: Plan, count: int) -> set[int]:
 
 
 def even(start: int, end: int, count: int) -> set[int]:
-    return {min(end - 1, math.ceil(start + (end - start) * i / (count + 1))) for i in range(1, count + 1)}
+    """So many ticks from `start` on, or from before it where too few are left, and before `end`."""
+    start = min(start, max(0, end - count - 1))
+    return {start + (end - start) * i // (count + 1) for i in range(1, count + 1)}
 
 
 def _steps_left(pipeline: Rolling, job: Job) -> int:

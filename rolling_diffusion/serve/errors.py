@@ -18,6 +18,8 @@ TYPES = {
     "dict": "an object",
 }
 BOUNDS = {
+    "greater_than": ("invalid_value", "above {gt}"),
+    "string_too_long": ("string_above_max_length", "at most {max_length} letters long"),
     "greater_than_equal": ("integer_below_min_value", "at least {ge}"),
     "less_than_equal": ("integer_above_max_value", "at most {le}"),
 }
@@ -82,7 +84,7 @@ def of_pydantic(errors: list[Any]) -> Refusal:
     if kind in BOUNDS:
         code, bound = BOUNDS[kind]
         sentence = f"Invalid value for '{name}': it must be {bound.format(**error['ctx'])}."
-        return Refusal(sentence, param=name, code=code if isinstance(error["input"], int) else "invalid_value")
+        return Refusal(sentence, param=name, code=code if isinstance(error["input"], (int, str)) else "invalid_value")
     if kind == "literal_error":
         return wrong_value(name, f"it must be {error['ctx']['expected'].replace(chr(39), '')}")
     if kind == "value_error":

@@ -102,7 +102,7 @@ class Generation(BaseModel):
 class Edit(Generation):
     """A request for pictures that start from one. strength: how much of it is drawn anew."""
 
-    strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @classmethod
     def of_form(cls, fields: Mapping[str, str]) -> Edit:

@@ -81,7 +81,9 @@ class Studio:
         if start not in self.pipelines:
             first = self.pipelines[None]
             try:
-                self.pipelines[start] = roll(starting(first.pipe, start), self.card)
+                pipe = starting(first.pipe, start)
+                pipe.set_progress_bar_config(disable=True)
+                self.pipelines[start] = roll(pipe, self.card)
             except ValueError as error:
                 raise Refusal(f"{error}.", param="image") from None
         return self.pipelines[start]
