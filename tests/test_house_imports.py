@@ -20,6 +20,8 @@ ALLOWED = {
     "world": {"numpy", "PIL", "scipy"},
     "evaluation": {"torch", "numpy"},
     "picture": {"numpy", "PIL"},
+    "appearing": {"PIL"},
+    "serve": {"torch", "PIL", "fastapi", "starlette", "pydantic", "prometheus_client"},
     "comfy": {
         *("torch", "numpy", "PIL", "tqdm", "einops", "transformers"),  # ComfyUI brings these itself
         *("comfy", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "node_helpers", "nodes"),

@@ -112,7 +112,7 @@ def test_what_fails_while_drawing_is_told_and_the_next_one_is_drawn(rolled, monk
 
 
 def test_eight_clients_are_served_fairly(server):
-    told = load(server.url, clients=8, seconds=6)
+    told = load(server.url, clients=8, seconds=4)
     assert not told.errors and not told.wrong, (told.errors, told.wrong)
     assert min(told.counts) >= 1 and max(told.counts) - min(told.counts) <= 1
     assert server.idle()

@@ -33,6 +33,7 @@ PAGES = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
+FORMS = 4  # that are read, and whose pictures are decoded, at a time: so many uploads are in memory at most
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -61,6 +62,7 @@ def make_app(
         "owned_by": "rolling-diffusion",
         "rolling": {"size": card.size, "steps": card.steps, "orders": [*ORDERS], "most_pixels": limits.pixels},
     }
+    forms = asyncio.Semaphore(FORMS)
     written: dict[str, Path] = {}  # by the name in their URL
 
     @asynccontextmanager
@@ -91,8 +93,7 @@ def make_app(
             why = "a stream carries pictures, so take b64_json" if folder else "this server writes no files"
             raise wrong_value("response_format", why)
 
-    def link(job: Job, picture: Finished, request: Request) -> str:
-        assert folder is not None
+    def link(folder: Path, job: Job, picture: Finished, request: Request) -> str:
         name = f"{secrets.token_hex(16)}.{job.fields.output_format}"
         path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{picture.seed}-{name}"
         part = path.with_name(f".{name}.part")
@@ -109,8 +110,8 @@ def make_app(
         pictures = await finished(request, run)
         data: list[dict[str, Any]] = []
         for picture in pictures:
-            if job.fields.response_format == "url":
-                data.append({"url": await asyncio.to_thread(link, job, picture, request), "seed": picture.seed})
+            if folder is not None and job.fields.response_format == "url":
+                data.append({"url": await asyncio.to_thread(link, folder, job, picture, request), "seed": picture.seed})
             else:
                 data.append({"b64_json": base64.b64encode(picture.content).decode(), "seed": picture.seed})
         content = {"created": int(time.time()), "data": data, **described(job), "usage": studio.tokens(job)}
@@ -124,10 +125,13 @@ def make_app(
 
     @app.post("/v1/images/edits")
     async def edits(request: Request) -> Response:
-        fields, files = await read_form(request, upload)
-        check_model(fields.model)
-        check_url(fields)
-        return await answer(request, await asyncio.to_thread(make_edit, fields, files, card, limits))
+        async with forms:
+            fields, files = await read_form(request, upload)
+            check_model(fields.model)
+            check_url(fields)
+            job = await asyncio.to_thread(make_edit, fields, files, card, limits)
+            del files
+        return await answer(request, job)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

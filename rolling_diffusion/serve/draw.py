@@ -50,7 +50,7 @@ def draw(
             shown(partials, veil.over(pipeline.preview(tick)))
             partials += 1
 
-    more: dict[str, Any] = {"image": None if job.image is None else job.image.convert("RGB"), "mask_image": job.mask}
+    more: dict[str, Any] = {"image": job.image, "mask_image": job.mask}
     more |= {"strength": job.strength, "negative_prompt": said.negative_prompt or None}
     more = {name: value for name, value in more.items() if value is not None}
     for name in more:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
@@ -12,7 +14,7 @@ from ..defaults import Card
 from .errors import Refusal, of_pydantic
 from .fields import Edit
 from .job import Job, Limits, make_job
-from .pictures import clear_parts, opened
+from .pictures import clear_parts, opened, scaled
 
 MOST_FILES, MOST_FIELDS, FIELD_BYTES = 3, 60, 200_000
 IMAGE, MASK = ("image", "image[]"), ("mask",)
@@ -77,4 +79,6 @@ def make_edit(fields: Edit, files: dict[str, bytes], card: Card, limits: Limits)
                 param="mask",
                 code="invalid_image_file",
             )
-    return make_job(fields, card, limits, image, mask)
+    job = make_job(fields, card, limits, image, mask)
+    size = job.width, job.height
+    return replace(job, image=scaled(image.convert("RGB"), size), mask=None if mask is None else scaled(mask, size))

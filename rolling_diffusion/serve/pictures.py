@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from .errors import Refusal
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-PIXELS = 2**25  # of an upload: far below Pillow's own limit
+PIXELS = 2**24  # of an upload: far below Pillow's own limit
 
 
 def opened(content: bytes, name: str, pixels: int = PIXELS) -> Image.Image:
@@ -21,7 +21,7 @@ def opened(content: bytes, name: str, pixels: int = PIXELS) -> Image.Image:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > pixels:
                 raise _refusal(name, f"it has more than {pixels:,} pixels")
-            return ImageOps.exif_transpose(image).convert("RGBA")
+            return ImageOps.exif_transpose(image).convert("RGBA" if image.has_transparency_data else "RGB")
     except Refusal:
         raise
     except Image.DecompressionBombError:
@@ -32,8 +32,15 @@ def opened(content: bytes, name: str, pixels: int = PIXELS) -> Image.Image:
 
 def clear_parts(image: Image.Image) -> Image.Image | None:
     """What is transparent in a picture, white on black; None if nothing is."""
+    if image.mode != "RGBA":
+        return None
     clear = ImageOps.invert(image.getchannel("A"))
     return clear if clear.getbbox() else None
+
+
+def scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """As diffusers scales a picture to the canvas; done before it waits in line, so that it takes less memory there."""
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def encoded(image: Image.Image, kind: str, quality: int | None = None) -> bytes:
