@@ -72,7 +72,7 @@ def test_several_pictures_have_seeds_in_a_row(client, rolled):
 
 
 def test_what_rolling_takes_goes_through(client, rolled):
-    said = {"order": "spiral-out", "window": 4, "overlap": 2, "attention_persistence": 0.5, "draft": 1, "lookahead": 2}
+    said = {"order": "left-to-right", "window": 4, "overlap": 2, "attention_persistence": 0.5, "draft": 1, "lookahead": 2}
     said |= {"lag": 2, "cfg": 1.5, "negative_prompt": "a tree"}
     answer = client.images.generate(prompt=PROMPT, size="64x64", extra_body={"steps": 3, "seed": 7, **said})
     assert np.array_equal(pixels(opened(answer.data[0].b64_json)), pixels(drawn(rolled, **said)))
@@ -131,7 +131,7 @@ def test_an_edit_draws_where_the_mask_is_clear(client, rolled):
     )
     edited = pixels(opened(answer.data[0].b64_json))
     assert answer.size == "64x64" and answer.usage.input_tokens_details.image_tokens == 16
-    kept, new = np.abs(edited - pixels(scene()))[:28], np.abs(edited - pixels(scene()))[40:]
+    kept, new = np.abs(edited - pixels(scene()))[:20], np.abs(edited - pixels(scene()))[40:]
     assert kept.mean() < 15 < 50 < new.mean()  # it comes and goes through the VAE
     painter = roll(starting(rolled.pipe, "mask"), rolled.card)
     mask = Image.new("L", (64, 64))

@@ -94,6 +94,7 @@ def test_from_a_prompt_to_a_picture(page, server):
     draw(page, "a green tree", seed="")
     wait(page, "return document.querySelectorAll('#earlier li').length === 1")
     wait(page, FINISHED)
+    page.execute_script("window.scrollTo(0, document.body.scrollHeight)")
     shot(page, "earlier")
     earlier = page.find_element("css selector", "#earlier img")
     assert earlier.get_attribute("alt") == "a red ball above a blue boat" and earlier.is_displayed()
@@ -121,6 +122,23 @@ def test_an_error_is_announced(page):
     wait(page, "return document.getElementById('error').textContent.includes('multiples of 16')")
     shot(page, "error")
     assert find(page, "error").get_attribute("role") == "alert" and find(page, "draw").is_enabled()
+
+
+def test_a_key_is_asked_for(browser, rolled):
+    from own_serve import hosted
+    from selenium.webdriver import Keys
+
+    from rolling_diffusion.serve import Studio, make_app
+
+    with hosted(make_app(Studio(rolled, "embedded"), key="a-key")) as url:
+        browser.get(url)
+        wait(browser, "return !document.getElementById('key-row').hidden")
+        shot(browser, "key")
+        assert "API key" in find(browser, "error").text
+        find(browser, "key").send_keys("a-key", Keys.TAB)
+        wait(browser, "return document.querySelectorAll('#order option').length > 0")
+        draw(browser, "a house", "32x32")
+        wait(browser, FINISHED)
 
 
 def test_every_field_has_a_name_and_the_keyboard_reaches_it(page):

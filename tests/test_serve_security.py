@@ -170,6 +170,12 @@ def test_pictures_by_url_where_a_folder_was_named(rolled, tmp_path):
         assert is_refusal(streamed)
 
 
+def test_edits_are_refused_where_parts_wait_elsewhere(rolled):
+    with hosted(make_app(Studio(rolled, "embedded", offloaded=True))) as url:
+        answer = httpx.post(f"{url}/v1/images/edits", data={"prompt": "a"}, files={"image": png()})
+        assert is_refusal(answer) and "started with offloading" in answer.json()["error"]["message"]
+
+
 def test_pages_from_elsewhere_may_not_ask(server):
     url = f"{server.url}/v1/images/generations"
     for headers in ({"origin": "https://example.com"}, {"host": "example.com"}, {"origin": "null"}, {"host": "["}):

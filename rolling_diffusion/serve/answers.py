@@ -22,8 +22,8 @@ from .studio import Called, Finished, Partial, Run, Waiting
 class EventStream(StreamingResponse):
     """Server-sent events of a run, which ends with the connection."""
 
-    def __init__(self, run: Run, usage: dict[str, Any]) -> None:
-        super().__init__(events(run, usage), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    def __init__(self, run: Run) -> None:
+        super().__init__(events(run), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self.run = run
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -33,7 +33,7 @@ class EventStream(StreamingResponse):
             self.run.stop()
 
 
-async def events(run: Run, usage: dict[str, Any]) -> AsyncIterator[str]:
+async def events(run: Run) -> AsyncIterator[str]:
     """Partial and finished pictures under OpenAI's names; as comments, which clients pass over, the place in line and
     the calls of the model."""
     kind = "image_edit" if isinstance(run.job.fields, Edit) else "image_generation"
@@ -46,7 +46,7 @@ async def events(run: Run, usage: dict[str, Any]) -> AsyncIterator[str]:
             elif isinstance(event, Partial):
                 yield sent(f"{kind}.partial_image", run.job, event.content, partial_image_index=event.index)
             else:
-                yield sent(f"{kind}.completed", run.job, event.content, seed=event.seed, usage=usage)
+                yield sent(f"{kind}.completed", run.job, event.content, seed=event.seed, usage=run.usage)
     except Refusal as refusal:
         yield f"event: error\ndata: {json.dumps(refusal.body)}\n\n"
 

@@ -105,7 +105,7 @@ def make_app(
     async def answer(request: Request, job: Job) -> Response:
         run = studio.start(job)
         if job.fields.stream:
-            return EventStream(run, studio.tokens(job))
+            return EventStream(run)
         place = run.ticket.place
         pictures = await finished(request, run)
         data: list[dict[str, Any]] = []
@@ -114,7 +114,7 @@ def make_app(
                 data.append({"url": await asyncio.to_thread(link, folder, job, picture, request), "seed": picture.seed})
             else:
                 data.append({"b64_json": base64.b64encode(picture.content).decode(), "seed": picture.seed})
-        content = {"created": int(time.time()), "data": data, **described(job), "usage": studio.tokens(job)}
+        content = {"created": int(time.time()), "data": data, **described(job), "usage": run.usage}
         return JSONResponse(content, headers={"X-Queue-Place": str(place)})
 
     @app.post("/v1/images/generations")

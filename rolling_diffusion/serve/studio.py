@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..pipeline import Rolling, roll, starting
 from .draw import Stopped, draw
 from .errors import SERVER, Refusal, broken
-from .job import Job, refused_plan
+from .job import SIDE, Job, refused_plan
 from .line import Line
 from .metrics import Metrics
 from .pictures import encoded
@@ -67,48 +67,20 @@ class Studio:
 
     def __init__(self, pipeline: Rolling, name: str, most: int = 32, offloaded: bool = False) -> None:
         self.name, self.card, self.created = name, pipeline.card, int(time.time())
-        self.offloaded = offloaded
-        self.pipelines: dict[str | None, Rolling] = {None: pipeline}
+        self.pipelines = {None: pipeline} | {start: sibling(pipeline, start, offloaded) for start in ("image", "mask")}
         self.line = Line(most)
         self.metrics = Metrics(lambda: len(self.line))
         self.thread = ThreadPoolExecutor(1, "model")
         self.runs: set[Run] = set()
 
-    def pipeline(self, start: str | None) -> Rolling:
-        """The pipeline for what a picture starts from, around the same parts; Refusal where there is none."""
-        if start is not None and self.offloaded:
-            raise Refusal("Edits need the whole model on one device: this server was started with offloading.")
-        if start not in self.pipelines:
-            first = self.pipelines[None]
-            try:
-                pipe = starting(first.pipe, start)
-                pipe.set_progress_bar_config(disable=True)
-                self.pipelines[start] = roll(pipe, self.card)
-            except ValueError as error:
-                raise Refusal(f"{error}.", param="image") from None
-        return self.pipelines[start]
-
     def start(self, job: Job) -> Run:
         """Puts a job in line; Refusal if the line is full, or if this model cannot start from a picture."""
-        run = Run(self, job, self.pipeline(job.start))
+        pipeline = self.pipelines[job.start]
+        if isinstance(pipeline, Refusal):
+            raise pipeline
+        run = Run(self, job, pipeline)
         self.runs.add(run)
         return run
-
-    def tokens(self, job: Job) -> dict[str, Any]:
-        """What a job is made of, as OpenAI counts it: tokens of the prompt, as far as it is read, and of pictures."""
-        pipe = self.pipelines[None].pipe
-        names = ("tokenizer_2", "tokenizer_3", "tokenizer")
-        tokenizer = next((t for name in names if (t := getattr(pipe, name, None)) is not None), None)
-        text = 0 if tokenizer is None else len(tokenizer(job.fields.prompt).input_ids)
-        text = min(text, self.card.max_sequence_length)
-        picture = job.width * job.height // 256
-        given = picture if job.image is not None else 0
-        return {
-            "input_tokens": text + given,
-            "input_tokens_details": {"text_tokens": text, "image_tokens": given},
-            "output_tokens": picture * job.fields.n,
-            "total_tokens": text + given + picture * job.fields.n,
-        }
 
     async def close(self) -> None:
         """Every run ends within one call of the model, and the thread with them."""
@@ -118,11 +90,40 @@ class Studio:
         self.thread.shutdown()
 
 
+def sibling(pipeline: Rolling, start: str, offloaded: bool) -> Rolling | Refusal:
+    """The pipeline around the same parts that starts from a picture, or paints in a mask; or why there is none."""
+    if offloaded:
+        return Refusal("Edits need the whole model on one device: this server was started with offloading.")
+    try:
+        pipe = starting(pipeline.pipe, start)
+    except ValueError as error:
+        return Refusal(f"{error}.", param="image")
+    pipe.set_progress_bar_config(disable=True)
+    return roll(pipe, pipeline.card)
+
+
+def tokens(pipeline: Rolling, job: Job) -> dict[str, Any]:
+    """What a job is made of, as OpenAI counts it: tokens of the prompt, as far as it is read, and of pictures."""
+    names = ("tokenizer_2", "tokenizer_3", "tokenizer")
+    tokenizer = next((t for name in names if (t := getattr(pipeline.pipe, name, None)) is not None), None)
+    text = 0 if tokenizer is None else len(tokenizer(job.fields.prompt).input_ids)
+    text = min(text, pipeline.card.max_sequence_length)
+    picture = job.width * job.height // SIDE**2
+    given = picture if job.image is not None else 0
+    return {
+        "input_tokens": text + given,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": given},
+        "output_tokens": picture * job.fields.n,
+        "total_tokens": text + given + picture * job.fields.n,
+    }
+
+
 class Run:
     """A job in line, then at the model. Iterating over it gives what happens, and raises what goes wrong."""
 
     def __init__(self, studio: Studio, job: Job, pipeline: Rolling) -> None:
         self.studio, self.job, self.pipeline = studio, job, pipeline
+        self.usage: dict[str, Any] = {}  # known when the first picture is
         self.ticket = studio.line.join()
         self.stopped = threading.Event()
         self.loop = asyncio.get_running_loop()
@@ -186,6 +187,7 @@ class Run:
                 tell(Partial(index, self._file(image)))
 
         try:
+            self.usage = self.usage or tokens(self.pipeline, self.job)  # here: a tokenizer serves one thread at a time
             image = draw(self.pipeline, self.job, number, self.stopped, ticked, shown)
         except (Stopped, Refusal):
             raise
