@@ -13,7 +13,10 @@ function say(text) { find("status").textContent = text; }
 function fail(text) { find("error").textContent = text; say(""); }
 
 async function reason(answer) {
-  if (answer.status === 401) find("key-row").hidden = false;
+  if (answer.status === 401) {
+    find("key-row").hidden = false;
+    if (!find("key").value) return "This server asks for an API key.";
+  }
   try { return (await answer.json()).error.message; } catch { return `The server answers ${answer.status}.`; }
 }
 
