@@ -49,7 +49,7 @@ test: lint
 LOWEST := .venv-lowest
 LOWEST_PYTHON ?= $(PYTHON)
 LOWEST_TORCH ?= torch==2.5.0
-CORE = tests/test_memory.py $(sort $(wildcard $(addprefix tests/test_,core_*.py models_*.py roll_*.py pipeline_*.py cli_*.py)))
+CORE = $(filter-out tests/test_house_% tests/test_train.py tests/test_benchmarks.py,$(sort $(wildcard tests/test_*.py)))
 INTO_LOWEST = $(VENV)/bin/uv pip install --quiet --python $(LOWEST)
 test-lowest: $(PY)
 	$(PY) -m pip install --quiet uv

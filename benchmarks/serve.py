@@ -80,6 +80,7 @@ def main() -> None:
     try:
         assert process.stdout is not None
         url = process.stdout.readline().split()[-1]
+        ask(url, 0)  # what is made once is made
         before = memory(process.pid)
         told = load(url, values.clients, values.seconds)
         after = memory(process.pid)

@@ -12,8 +12,9 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ find
     from .core.rollout import Denoiser, Frame, Moving, rollout
     from .core.rule import Rule
     from .defaults import Card, plan_for
+    from .loading import load
     from .picture import plan_picture
-    from .pipeline import Rolling, Tick, load, roll
+    from .pipeline import Rolling, Tick, roll
 
 __version__ = "0.1.0"
 
@@ -61,7 +62,9 @@ def __getattr__(name: str) -> object:
         from . import defaults as room
     elif name == "plan_picture":
         from . import picture as room
-    elif name in ("Rolling", "Tick", "load", "roll"):
+    elif name == "load":
+        from . import loading as room
+    elif name in ("Rolling", "Tick", "roll"):
         from . import pipeline as room
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,7 +34,7 @@ class Card:
     max_sequence_length  tokens of the prompt
     window, overlap      cells; window None: half of the canvas, advancing by half of itself
     native_tokens        image tokens up to which a block sees the whole canvas by default
-    memory_tokens        most tokens that are attended to in memory; None: native_tokens, as far as the model was made for
+    memory_tokens        most tokens that are attended to in memory; None: native_tokens, as the model was made for
     """
 
     trained: bool = False

@@ -13,10 +13,8 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "core": {"torch", "greenlet"},
     "models": {"torch", "greenlet", "diffusers", "transformers", "safetensors"},
-    "pipeline": {
-        *("torch", "numpy", "PIL", "diffusers", "transformers", "safetensors", "accelerate", "huggingface_hub"),
-        *("peft", "torchao"),  # only where a LoRA or a quantiser is asked for
-    },
+    "pipeline": {"torch", "diffusers", "huggingface_hub"},
+    "loading": {"torch", "diffusers", "transformers", "safetensors", "torchao"},  # the last for a quantiser alone
     "world": {"numpy", "PIL", "scipy"},
     "evaluation": {"torch", "numpy"},
     "picture": {"numpy", "PIL"},
@@ -24,6 +22,7 @@ ALLOWED = {
     "serve": {"torch", "PIL", "fastapi", "starlette", "pydantic", "prometheus_client"},
     "comfy": {
         *("torch", "numpy", "PIL", "tqdm", "einops", "transformers"),  # ComfyUI brings these itself
+        *("diffusers", "huggingface_hub"),  # for a model in diffusers' layout alone
         *("comfy", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "node_helpers", "nodes"),
     },
     "train": None,

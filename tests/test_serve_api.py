@@ -13,7 +13,7 @@ openai = pytest.importorskip("openai")
 import httpx  # noqa: E402
 
 from rolling_diffusion import roll  # noqa: E402
-from rolling_diffusion.pipeline import starting  # noqa: E402
+from rolling_diffusion.loading import starting  # noqa: E402
 
 PROMPT = "a red ball above a blue boat"
 SMALL = {"size": "64x64", "extra_body": {"steps": 3, "seed": 7}}
@@ -72,7 +72,14 @@ def test_several_pictures_have_seeds_in_a_row(client, rolled):
 
 
 def test_what_rolling_takes_goes_through(client, rolled):
-    said = {"order": "left-to-right", "window": 4, "overlap": 2, "attention_persistence": 0.5, "draft": 1, "lookahead": 2}
+    said = {
+        "order": "left-to-right",
+        "window": 4,
+        "overlap": 2,
+        "attention_persistence": 0.5,
+        "draft": 1,
+        "lookahead": 2,
+    }
     said |= {"lag": 2, "cfg": 1.5, "negative_prompt": "a tree"}
     answer = client.images.generate(prompt=PROMPT, size="64x64", extra_body={"steps": 3, "seed": 7, **said})
     assert np.array_equal(pixels(opened(answer.data[0].b64_json)), pixels(drawn(rolled, **said)))

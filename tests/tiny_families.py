@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
+from tiny_flux import CONFIG as FLUX
 
 SIDE = 32  # pixels of a canvas; the tiny VAEs make a cell of one pixel, so also cells
 
@@ -48,19 +49,6 @@ def vae(channels: int = 4) -> Any:
         scaling_factor=1.5,
     )
     return made.eval()
-
-
-FLUX: dict[str, Any] = {
-    "patch_size": 1,
-    "in_channels": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 24,
-    "pooled_projection_dim": 20,
-    "axes_dims_rope": (4, 4, 8),
-}
 
 
 def flux_parts(kind: str = "FluxPipeline", **changes: Any) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def load(folder: str, device: str, dtype: str, **options: Any) -> Rolling:
     quiet()
     import torch
 
-    from ..pipeline import load as read
+    from ..loading import load as read
     from ..pipeline import roll
 
     with warnings.catch_warnings():

@@ -21,6 +21,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rolling_diffusion")
 KEY = "rolling_diffusion"  # under which this pack's wrappers stand in the options of one sampling run
+COMPILE = "torch.compile"  # ComfyUI's own key for it
+MOVING = "rolling_diffusion_moving"  # in a call's options: [(noise level, [(rows, columns) of each block at it])]
+
+
+def uncompiled(options: dict) -> dict:
+    """A copy of a run's options, without torch.compile.
+
+    A graph that ComfyUI compiles does not look again at the options of a call (its guards on them are taken off), and
+    there the hooks and the memory of a call are: a graph made for one call would silently be taken for all others.
+    """
+    options = comfy.patcher_extension.copy_nested_dicts(options)
+    kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+    options.get("transformer_options", {}).get("wrappers", {}).get(kind, {}).pop(COMPILE, None)
+    return options
+
+
+def is_compiled(options: dict) -> bool:
+    """Did a node put torch.compile on this model?"""
+    kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+    return COMPILE in options.get("transformer_options", {}).get("wrappers", {}).get(kind, {})
 
 
 class Canvas:
@@ -82,6 +102,10 @@ class Canvas:
     def joint_options(self, blocks: Sequence[Block]) -> dict:
         """A private copy of the run's options that notes what guidance was made of, for samplers that look (CFG++)."""
         options = comfy.patcher_extension.copy_nested_dicts(self.options)
+        levels: dict[float, list] = {}
+        for block in blocks:
+            levels.setdefault(float(self.asked[block][0].flatten()[0]), []).append((block.rows, block.columns))
+        options[MOVING] = list(levels.items())
         asked = [self.asked[block][1] for block in blocks]
         if any(self.extras(own) for own in asked):
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.latent_formats
 import comfy.model_management as management
 import comfy.model_patcher
 import comfy.sd
@@ -27,7 +28,26 @@ def load(folder: Path = FOLDER) -> tuple[Any, Any, Any]:
             raise FileNotFoundError(
                 f"The embedded model is incomplete: {folder} has no folder '{part}'. Install the pack again."
             )
-    return load_model(folder), load_clip(folder), load_vae(folder)
+    model, clip, vae = load_model(folder), load_clip(folder), load_vae(folder)
+    model.model.latent_format = Latents(vae)
+    return model, clip, vae
+
+
+class Latents(comfy.latent_formats.Flux):
+    """FLUX.1's scale of latents, with the colours of this autoencoder's own: previews are made of them."""
+
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.taesd_decoder_name = None  # the decoder of FLUX.1's latents cannot read these
+        generator = torch.Generator().manual_seed(0)
+        plain = torch.rand(1, 32, 32, 3, generator=generator)
+        pixels = plain.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        pixels = (pixels + 0.1 * torch.randn(pixels.shape, generator=generator)).clamp(0, 1)
+        latents = self.process_in(vae.encode(pixels).float().cpu())[0].flatten(1).T
+        colours = pixels.unflatten(1, (32, 8)).unflatten(3, (32, 8)).mean((2, 4)).reshape(-1, 3) * 2 - 1
+        known = torch.cat([latents, torch.ones(len(latents), 1)], 1)
+        fitted = torch.linalg.lstsq(known, colours).solution
+        self.latent_rgb_factors, self.latent_rgb_factors_bias = fitted[:-1].tolist(), fitted[-1].tolist()
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..core.memory import Memory
 from .canvas import KEY, Canvas
+from .drift import drift
 from .flux_call import FluxCall
 
 if TYPE_CHECKING:
@@ -37,6 +38,18 @@ def is_flux(model: Any) -> bool:
     """Is this ComfyUI's own Flux (1, 2, Kontext, Fill, …), so that its blocks take what the hooks pass?"""
     inner = getattr(model, "diffusion_model", None)
     return type(inner) is comfy.ldm.flux.model.Flux
+
+
+def per_block_noise(model: Any, options: dict, dimensions: int = 4) -> tuple[bool, str]:
+    """Can the model take a noise level per block? And if not, why."""
+    if dimensions != 4 or not is_flux(model):
+        return False, f"{type(getattr(model, 'diffusion_model', model)).__name__} takes one noise level a call"
+    if "multigpu_clones" in options:
+        return False, "With several GPUs memory cannot be kept"
+    changed = drift(model.diffusion_model)
+    if changed:
+        return False, f"This ComfyUI has changed {changed}, which a noise level per block relies on"
+    return True, ""
 
 
 @dataclass

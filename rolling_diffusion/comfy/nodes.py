@@ -1,4 +1,4 @@
-"""The five nodes. V1 classes: static, and the same on every ComfyUI."""
+"""The nodes. V1 classes: static, and the same on every ComfyUI."""
 
 from __future__ import annotations
 
@@ -11,13 +11,37 @@ import latent_preview
 import torch
 
 from . import inputs
+from .flux import per_block_noise
 from .flux_dev import FluxDevAutoRegressiveRollingDiffusionSampler as FluxDevAutoRegressiveRollingDiffusionSampler
-from .sampler import ADAPTIVE, Rolling, Settings, check_suspendable
+from .sampler import ADAPTIVE, Rolling, check_suspendable
+from .settings import Settings, cell_pixels
+from .windows import plan_of_windows
 
 CATEGORY = "sampling/custom_sampling"
 
 
-class AutoregressiveRollingDiffusionSampler:
+SOCKETS: Any = {
+    "model": inputs.lazy("MODEL", "The model used for denoising the latent."),
+    "positive": inputs.lazy("CONDITIONING", "What the picture is to show."),
+    "negative": inputs.lazy("CONDITIONING", "What the picture is not to show."),
+    "latent_image": inputs.lazy("LATENT", "The latent to denoise; its size is the canvas."),
+}
+STEPS: Any = ("INT", {"default": 20, "min": 1, "max": 10000, "tooltip": "Steps that every block takes."})
+CFG: Any = ("FLOAT", {
+    "default": 7.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01,
+    "tooltip": "Classifier-free guidance. For FLUX.1-dev, which is distilled, 1; for the embedded model, 2.5.",
+})  # fmt: skip
+SAMPLER: Any = (comfy.samplers.KSampler.SAMPLERS, {
+    "tooltip": f"ComfyUI's own sampler, run once per block. Not {', '.join(ADAPTIVE)}."})  # fmt: skip
+SCHEDULER: Any = (comfy.samplers.KSampler.SCHEDULERS, {"tooltip": "Noise levels that every block passes."})
+ROLLING: Any = {
+    "rolling_window_size": inputs.WINDOW,
+    "rolling_overlap": inputs.OVERLAP,
+    "attention_persistence": inputs.PERSISTENCE,
+}
+
+
+class AutoregressiveRollingDiffusionSampler(inputs.Early):
     """KSampler, with the picture generated in an order."""
 
     CATEGORY = CATEGORY
@@ -29,61 +53,122 @@ class AutoregressiveRollingDiffusionSampler:
         "rolling window of blocks at increasing noise moves over the canvas. A window that covers the canvas gives "
         "KSampler's result."
     )
-    SEARCH_ALIASES = ("autoregressive", "rolling", "ksampler", "block", "spiral")
+    SEARCH_ALIASES = ("ksampler", "rolling", "autoregressive", "block by block", "spiral")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "The model used for denoising the latent."}),
-                "positive": ("CONDITIONING", {"tooltip": "What the picture is to show."}),
-                "negative": ("CONDITIONING", {"tooltip": "What the picture is not to show."}),
-                "latent_image": ("LATENT", {"tooltip": "The latent to denoise; its size is the canvas."}),
+                **SOCKETS,
                 "seed": inputs.SEED,
-                "steps": ("INT", {"default": 20, "min": 1, "max": 10000, "tooltip": "Steps that every block takes."}),
-                "cfg": ("FLOAT", {"default": 7.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01,
-                                  "tooltip": "Classifier-free guidance. For FLUX.1-dev, which is distilled, 1."}),
-                "sampler_name": (comfy.samplers.KSampler.SAMPLERS, {
-                    "tooltip": f"ComfyUI's own sampler, run once per block. Not {', '.join(ADAPTIVE)}."}),
-                "scheduler": (comfy.samplers.KSampler.SCHEDULERS, {"tooltip": "Noise levels that every block passes."}),
+                "steps": STEPS,
+                "cfg": CFG,
+                "sampler_name": SAMPLER,
+                "scheduler": SCHEDULER,
                 "denoise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01,
                                       "tooltip": "How much of the latent is denoised; below 1 keeps its structure."}),
                 "autoregressive_order": inputs.ORDER,
-                "rolling_window_size": inputs.WINDOW,
-                "rolling_overlap": inputs.OVERLAP,
-                "attention_persistence": inputs.PERSISTENCE,
+                **ROLLING,
             },
             "optional": inputs.EXTRAS,
         }  # fmt: skip
 
     @classmethod
-    def VALIDATE_INPUTS(cls, rolling_window_size=None, rolling_overlap=None, sampler_name=None, draft=None, steps=None):
-        return inputs.problem(rolling_window_size, rolling_overlap, sampler_name, draft, steps) or True
+    def VALIDATE_INPUTS(cls, sampler_name="euler"):
+        return inputs.sampler_problem(sampler_name) or True
 
     def sample(self, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise,
                autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
                draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0):  # fmt: skip
         settings = Settings(autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
                             draft, lookahead, context_noise, memory_cap, seed)  # fmt: skip
-        check_suspendable(sampler_name)
         stock = comfy.samplers.KSampler(
             model, steps, model.load_device, sampler_name, scheduler, denoise, model_options=model.model_options
         )
-        samples = fit_latent(model, latent_image)
+        return (_sample(model, positive, negative, latent_image, seed, cfg, sampler_name, stock.sigmas, settings),)
+
+
+class AutoregressiveRollingDiffusionSamplerAdvanced(inputs.Early):
+    """KSampler (Advanced), with the picture generated in an order."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "sample"
+    RETURN_TYPES = ("LATENT",)
+    OUTPUT_TOOLTIPS = ("The latent, with the noise that is left over if asked for.",)
+    DESCRIPTION = (
+        "KSampler (Advanced) that generates the picture in an order: some of the steps, with or without adding noise, "
+        "and with noise left over for a second sampler, as a base model and its refiner need it."
+    )
+    SEARCH_ALIASES = ("ksampler advanced", "rolling", "autoregressive", "refiner", "leftover noise")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                **SOCKETS,
+                "add_noise": (["enable", "disable"], {"tooltip": "Whether noise is added to the latent first."}),
+                "noise_seed": inputs.SEED,
+                "steps": ("INT", {**STEPS[1], "tooltip": "Steps of the whole schedule."}),
+                "cfg": CFG,
+                "sampler_name": SAMPLER,
+                "scheduler": SCHEDULER,
+                "start_at_step": ("INT", {"default": 0, "min": 0, "max": 10000, "tooltip": "The first step taken."}),
+                "end_at_step": ("INT", {"default": 10000, "min": 0, "max": 10000,
+                                        "tooltip": "The step before which to stop."}),
+                "return_with_leftover_noise": (["disable", "enable"], {
+                    "tooltip": "Whether noise that is left at end_at_step stays in, for a second sampler."}),
+                "autoregressive_order": inputs.ORDER,
+                **ROLLING,
+            },
+            "optional": inputs.EXTRAS,
+        }  # fmt: skip
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, sampler_name="euler"):
+        return inputs.sampler_problem(sampler_name) or True
+
+    def sample(self, model, positive, negative, latent_image, add_noise, noise_seed, steps, cfg, sampler_name,
+               scheduler, start_at_step, end_at_step, return_with_leftover_noise, autoregressive_order,
+               rolling_window_size, rolling_overlap, attention_persistence,
+               draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0):  # fmt: skip
+        settings = Settings(autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
+                            draft, lookahead, context_noise, memory_cap, noise_seed)  # fmt: skip
+        stock = comfy.samplers.KSampler(
+            model, steps, model.load_device, sampler_name, scheduler, 1.0, model_options=model.model_options
+        )
+        # As KSampler.sample cuts its sigmas.
         sigmas = stock.sigmas
-        if len(sigmas) > 1:
-            settings.check(samples, len(sigmas) - 1)
+        if end_at_step < len(sigmas) - 1:
+            sigmas = sigmas[: end_at_step + 1].clone()
+            if return_with_leftover_noise == "disable":
+                sigmas[-1] = 0
+        sigmas = sigmas[start_at_step:] if start_at_step < len(sigmas) - 1 else sigmas[:0]
+        return (_sample(model, positive, negative, latent_image, noise_seed, cfg, sampler_name, sigmas, settings,
+                        noisy=add_noise == "enable"),)  # fmt: skip
+
+
+def _sample(model, positive, negative, latent_image, seed, cfg, sampler_name, sigmas, settings, noisy=True):
+    """The LATENT after these sigmas."""
+    check_suspendable(sampler_name)
+    samples = fit_latent(model, latent_image)
+    result = {k: v for k, v in latent_image.items() if not k.startswith("downscale_ratio")}
+    if len(sigmas) > 1:
+        settings.check(samples, len(sigmas) - 1)
+    elif not noisy or len(sigmas) == 0:
+        return {**result, "samples": samples}
+    if noisy:
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
-        sampler = Rolling(comfy.samplers.sampler_object(sampler_name), settings)
-        out = comfy.sample.sample_custom(
-            model, noise, cfg, sampler, sigmas, positive, negative, samples,
-            noise_mask=latent_image.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, max(len(sigmas) - 1, 1)),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )  # fmt: skip
-        result = {k: v for k, v in latent_image.items() if not k.startswith("downscale_ratio")}
-        return ({**result, "samples": out},)
+    else:
+        noise = torch.zeros(samples.size(), dtype=samples.dtype, layout=samples.layout, device="cpu")
+    out = comfy.sample.sample_custom(
+        model, noise, cfg, Rolling(comfy.samplers.sampler_object(sampler_name), settings), sigmas, positive, negative,
+        samples,
+        noise_mask=latent_image.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, max(len(sigmas) - 1, 1)),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )  # fmt: skip
+    return {**result, "samples": out}
 
 
 def fit_latent(model: Any, latent: dict) -> torch.Tensor:
@@ -92,7 +177,7 @@ def fit_latent(model: Any, latent: dict) -> torch.Tensor:
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
 
 
-class RollingSampler:
+class RollingSampler(inputs.Early):
     """The method as a SAMPLER, for SamplerCustom and SamplerCustomAdvanced."""
 
     CATEGORY = "sampling/custom_sampling/samplers"
@@ -100,24 +185,18 @@ class RollingSampler:
     RETURN_TYPES = ("SAMPLER",)
     OUTPUT_TOOLTIPS = ("The sampler that rolls: connect it to SamplerCustomAdvanced.",)
     DESCRIPTION = "Turns any SAMPLER into one that generates the picture block by block, in an order."
-    SEARCH_ALIASES = ("autoregressive", "rolling", "sampler custom")
+    SEARCH_ALIASES = ("rolling", "ksampler select", "autoregressive", "sampler custom")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "sampler": ("SAMPLER", {"tooltip": "The sampler that every block runs, unmodified."}),
+                "sampler": inputs.lazy("SAMPLER", "The sampler that every block runs, unmodified."),
                 "autoregressive_order": inputs.EVERY_ORDER,
-                "rolling_window_size": inputs.WINDOW,
-                "rolling_overlap": inputs.OVERLAP,
-                "attention_persistence": inputs.PERSISTENCE,
+                **ROLLING,
             },
             "optional": inputs.EXTRAS,
         }
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, rolling_window_size=None, rolling_overlap=None):
-        return inputs.problem(rolling_window_size, rolling_overlap) or True
 
     def wrap(self, sampler, autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
              draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0):  # fmt: skip
@@ -149,7 +228,7 @@ class LoadEmbeddedRollingModel:
         return load()
 
 
-class RollingPlanPreview:
+class RollingPlanPreview(inputs.Early):
     """The plan as a picture and a text, before anything is sampled."""
 
     CATEGORY = CATEGORY
@@ -162,37 +241,45 @@ class RollingPlanPreview:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
+        pixels = {"default": 1024, "min": 16, "max": inputs.MOST_PIXELS, "step": 16, "tooltip": "Pixels."}
         return {
             "required": {
-                "width": ("INT", {"default": 1024, "min": 16, "max": 16384, "step": 16, "tooltip": "Pixels."}),
-                "height": ("INT", {"default": 1024, "min": 16, "max": 16384, "step": 16, "tooltip": "Pixels."}),
-                "steps": ("INT", {"default": 20, "min": 1, "max": 10000, "tooltip": "Steps that every block takes."}),
+                "width": ("INT", pixels),
+                "height": ("INT", pixels),
+                "steps": STEPS,
                 "autoregressive_order": inputs.EVERY_ORDER,
-                "rolling_window_size": inputs.WINDOW,
-                "rolling_overlap": inputs.OVERLAP,
-                "attention_persistence": inputs.PERSISTENCE,
+                **ROLLING,
             },
             "optional": {
                 "draft": inputs.EXTRAS["draft"],
                 "lookahead": inputs.EXTRAS["lookahead"],
-                "latent": ("LATENT", {"tooltip": "Takes the canvas from this latent instead of width and height."}),
+                "model": inputs.lazy("MODEL", "Shows what this model gets and costs; without one, Flux is assumed."),
+                "latent": inputs.lazy("LATENT", "Takes the canvas from this latent instead of width and height."),
             },
         }
 
-    @classmethod
-    def VALIDATE_INPUTS(cls, rolling_window_size=None, rolling_overlap=None, draft=None, steps=None):
-        return inputs.problem(rolling_window_size, rolling_overlap, None, draft, steps) or True
-
     def draw(self, width, height, steps, autoregressive_order, rolling_window_size, rolling_overlap,
-             attention_persistence, draft=-1, lookahead=-1, latent=None):  # fmt: skip
+             attention_persistence, draft=-1, lookahead=-1, model=None, latent=None):  # fmt: skip
         import numpy
 
         from ..picture import plan_picture
 
+        flux, why_not, multiple, pixels = True, "", 2, 8
+        if model is not None:
+            flux, why_not = per_block_noise(model.model, model.model_options)
+            multiple = model.model.diffusion_model.patch_size if flux else 1
+            pixels = cell_pixels(model.model)
+        if latent is not None:
+            samples = latent["samples"] if model is None else fit_latent(model, latent)
+            rows, columns = samples.shape[-2:]
+        else:
+            rows, columns = height // pixels, width // pixels
         settings = Settings(
             autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence, draft, lookahead
         )
-        rows, columns = (height // 8, width // 8) if latent is None else latent["samples"].shape[-2:]
-        plan = settings.plan(rows, columns, steps, 2)
-        pixels = numpy.asarray(plan_picture(plan), dtype=numpy.float32) / 255
-        return torch.from_numpy(pixels)[None], str(plan)
+        plan = settings.plan(rows, columns, steps, multiple, pixels)
+        text = str(plan) if flux or plan.alone else f"{plan_of_windows(plan)}\n{why_not}, so it runs in windows."
+        if plan.alone:
+            text = f"One block: the window covers the canvas, so this is ordinary sampling.\n{text}"
+        picture = numpy.asarray(plan_picture(plan), dtype=numpy.float32) / 255
+        return torch.from_numpy(picture)[None], text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import comfy.samplers
@@ -12,60 +11,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.cohort import ADAPTIVE
-from ..core.plan import Plan
+from ..core.order import span
 from ..core.rollout import rollout
-from ..defaults import Card, plan_for
-from .canvas import log
-from .flux import FluxDenoiser, is_flux
+from .canvas import is_compiled, log, uncompiled
+from .flux import FluxDenoiser, per_block_noise
+from .notes import Notes, doubts
+from .settings import Settings, cell_pixels
 from .windows import WindowDenoiser
 
 if TYPE_CHECKING:
     from ..core.order import Block
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the nodes ask for, in cells. draft -1, lookahead -1: FLUX.1-dev's default; memory_cap 0: no cap."""
-
-    order: str = "top-to-bottom"
-    window: int = 64
-    overlap: int = 16
-    persistence: float = 0.5
-    draft: int = -1
-    lookahead: int = -1
-    context_noise: float = 0.0
-    memory_cap: int = 0
-    seed: int = 0
-
-    def plan(self, height: int, width: int, steps: int, multiple: int = 1) -> Plan:
-        """The plan for a canvas in cells; its far edges are rounded up to whole tokens. ValueError as plan_for's."""
-        return plan_for(
-            Card(),
-            -(-height // multiple) * multiple,
-            -(-width // multiple) * multiple,
-            steps,
-            order=self.order,
-            window=self.window,
-            overlap=self.overlap,
-            draft=None if self.draft < 0 else self.draft,
-            lookahead="auto" if self.lookahead < 0 else self.lookahead,
-            seed=self.seed % 2**63,
-            multiple=multiple,
-            persistence=self.persistence,
-        )
-
-    def check(self, samples: Tensor, steps: int) -> None:
-        """ValueError, one sentence, if no plan can be made for this latent: before any model is loaded."""
-        if samples.ndim in (4, 5) and not getattr(samples, "is_nested", False):
-            self.plan(samples.shape[-2], samples.shape[-1], steps)
-
-
 def check_suspendable(name: str) -> None:
     """ValueError for a sampler that cannot run once per block."""
     if name in ADAPTIVE:
-        others = ", ".join(n for n in comfy.samplers.KSampler.SAMPLERS if n not in ADAPTIVE)
         raise ValueError(
-            f"The sampler {name} chooses its own noise levels, so blocks cannot move together. Choose one of: {others}."
+            f"{name} chooses its own noise levels, so blocks cannot move together: take another sampler, such as euler."
         )
 
 
@@ -88,11 +50,11 @@ class Rolling(comfy.samplers.Sampler):
     With one block it gives what the other gives, bit for bit.
     """
 
-    def __init__(self, sampler: Any, settings: Settings):
-        self.sampler, self.settings = sampler, settings
+    def __init__(self, sampler: Any, settings: Settings, notes: Notes | None = None):
+        self.sampler, self.settings, self.notes = sampler, settings, notes
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("sampler", "settings"):
+        if name in ("sampler", "settings", "notes"):
             raise AttributeError(name)
         return getattr(self.sampler, name)
 
@@ -102,25 +64,30 @@ class Rolling(comfy.samplers.Sampler):
         name = getattr(function, "__name__", "").removeprefix("sample_").removesuffix("_function")
         check_suspendable(name)
         stock = (model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+        notes = self.notes or Notes()
         if noise.ndim not in (4, 5) or noise.shape[-2] < 2 or len(sigmas) < 2:
-            log.info("Rolling: this latent %s has no rows and columns to order, sampled as one.", tuple(noise.shape))
+            notes.tell(f"A latent {tuple(noise.shape)} has no rows and columns to order: sampled as one.")
             return self.sampler.sample(*stock)
-        return _Run(self.sampler, self.settings, *stock).sample()
+        return _Run(self.sampler, self.settings, notes, *stock).sample()
 
 
 class _Run:
     """One sampling run: the plan, the denoiser, and the canvas that the blocks are put together on."""
 
-    def __init__(self, sampler, settings, guider, sigmas, extra_args, callback, noise, latent, mask, quiet):
+    def __init__(self, sampler, settings, notes, guider, sigmas, extra_args, callback, noise, latent, mask, quiet):
         self.sampler, self.settings, self.guider, self.sigmas, self.quiet = sampler, settings, guider, sigmas, quiet
         self.extra_args, self.callback, self.noise, self.mask = extra_args, callback, noise, mask
         self.latent = torch.zeros_like(noise) if latent is None else latent
         self.seed = extra_args.get("seed")
-        flux = self._per_block_noise()
-        inner = guider.inner_model.diffusion_model if flux else None
-        multiple = inner.patch_size if inner is not None else 1
-        self.plan = settings.plan(*noise.shape[-2:], len(sigmas) - 1, multiple)
-        arguments = guider, extra_args.get("model_options", {}), self.seed, noise, self.latent
+        options = extra_args.get("model_options", {})
+        flux, why_not = per_block_noise(guider.inner_model, options, noise.ndim)
+        multiple = guider.inner_model.diffusion_model.patch_size if flux else 1
+        pixels = cell_pixels(guider.inner_model)
+        self.plan = settings.plan(*noise.shape[-2:], len(sigmas) - 1, multiple, pixels)
+        self._tell(notes, why_not, pixels)
+        if not self.plan.alone:
+            options = uncompiled(options)
+        arguments = guider, options, self.seed, noise, self.latent
         if flux:
             self.canvas: FluxDenoiser | WindowDenoiser = FluxDenoiser(
                 *arguments,
@@ -131,17 +98,27 @@ class _Run:
         else:
             self.canvas = WindowDenoiser(*arguments, plan=self.plan, persistence=settings.persistence)
 
-    def _per_block_noise(self) -> bool:
-        """Can the model take a noise level per block? If not, say why, unless nobody would expect it."""
-        model, options = self.guider.inner_model, self.extra_args.get("model_options", {})
-        if self.noise.ndim != 4 or not is_flux(model):
-            kind = type(getattr(model, "diffusion_model", model)).__name__
-            log.info("Rolling: %s takes one noise level a call, so blocks are denoised in windows.", kind)
-            return False
-        if "multigpu_clones" in options:
-            log.warning("Rolling: with several GPUs memory cannot be kept, so blocks are denoised in windows.")
-            return False
-        return True
+    def _tell(self, notes: Notes, why_not: str, pixels: int) -> None:
+        """What is not as the user would expect it."""
+        plan, settings = self.plan, self.settings
+        if plan.alone:
+            extent = span(plan.order, *self.noise.shape[-2:]) * pixels // 8
+            notes.tell(
+                f"One block, as without rolling: the window of {settings.window} cells covers the picture. "
+                f"It rolls with a rolling_window_size below {extent}."
+            )
+            return
+        if why_not:
+            notes.tell(f"{why_not}, so blocks are denoised in windows.")
+        if pixels != 8:
+            notes.tell(
+                f"A cell of this model is {pixels}×{pixels} pixels: the window of {settings.window} cells of 8×8 is "
+                f"{plan.window} of them, the overlap {plan.overlap}."
+            )
+        if is_compiled(self.extra_args.get("model_options", {})):
+            notes.tell("The model runs uncompiled while blocks roll: compiled graphs are made for one kind of call.")
+        for sentence in doubts(self.extra_args.get("model_options", {}), self.guider, windows=bool(why_not)):
+            notes.warn(sentence)
 
     def sample(self) -> Tensor:
         first = self.sigmas[:1]

@@ -1,9 +1,12 @@
 """Rolling diffusion for models without per-block noise: one noise level a call, a window of the canvas at a time.
 
-A block is denoised in a window that reaches `overlap` cells over what came before it. That context holds the content
-known so far (finished blocks, earlier blocks in motion, a draft, or the latent that was given), noised to the block's
-own level, so that the model sees one noise level, as it was trained to. Attention persistence p scales the unnormalised
-attention weight that the block's tokens give to context a blocks away by p**a; what is not known yet weighs nothing.
+A block is denoised in a window: the block and the canvas around it, all at the block's own level, since the model takes
+one. What is finished, or moves ahead, is noised to that level from its newest x0. What waits is where the draft left
+it, and is denoised along with the block, as in ordinary sampling: so the model sees surroundings such as it was trained
+on. Only the block's own answer is kept; what it imagined around itself is forgotten when it is done.
+
+A window is at least the plan's window, and as much larger as costs allow (`BUDGET`).
+Attention persistence p scales the unnormalised attention weight that earlier blocks, a blocks away, get by p**a.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_patcher
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
 from torch import Tensor
 
-from .canvas import KEY, Canvas
+from .canvas import KEY, Canvas, log
 
 if TYPE_CHECKING:
     from ..core.order import Block
@@ -27,6 +31,12 @@ if TYPE_CHECKING:
 
 Box = tuple[int, int, int, int]  # height, width, top, left in cells, as ComfyUI writes areas
 
+# Windows see as much of the canvas as so many times the cells of ordinary sampling allow. A model that cannot be told
+# where its window lies draws sky and ground anew in a part of the canvas: it sees the whole, where this allows it.
+BUDGET, UNPLACED = 1.5, 2.5
+LEAST = {"PixArtMS": 66}  # cells of height and width together, below which a model's positions are not defined
+PLACED = ("Flux", "NextDiT", "WanModel", "ErnieImageModel")  # transformers whose positions ComfyUI can shift
+
 
 class WindowDenoiser(Canvas):
     """The core's denoiser for every model that ComfyUI can sample."""
@@ -34,82 +44,125 @@ class WindowDenoiser(Canvas):
     def __init__(self, *args: Any, plan: Plan, persistence: float = 1.0):
         super().__init__(*args)
         self.plan, self.persistence = plan, persistence
-        self.known = torch.zeros(self.noise.shape[-2:], dtype=torch.bool)
-        if torch.count_nonzero(self.latent) > 0:
-            self.known[:] = True
+        model = self.guider.inner_model.diffusion_model
+        self.unit = side_of_token(model)  # a window is whole tokens, and lies on the canvas's own
+        self.shape = window_shape(plan, self.noise.shape[-2:], model, persistence)
+        self.eps = self.noise.clone()  # what is noise in each cell, as the model sees it
+        self.begun = torch.zeros(self.noise.shape[-2:], dtype=torch.bool)  # cells of blocks that have left the draft
+        self.seen: dict[Block, tuple[Tensor, Tensor]] = {}  # x0 and eps of the canvas, as a block in motion imagines it
         self.window: Box | None = None
         self.weights: Tensor | None = None  # attention weight of each cell of the window
         self.context = -1  # tokens of the text
-        self.used = False  # has any attention taken the weights?
+        self.used: bool | None = None  # has any attention taken weights, where there were any?
         self.controls: dict = {}
         self.options = copy_nested_dicts(self.options)
-        add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self._crop, self.options, is_model_options=True)
-        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self._apply, self.options, is_model_options=True)
+        for kind, wrapper in (
+            (WrappersMP.CALC_COND_BATCH, self._crop),
+            (WrappersMP.APPLY_MODEL, self._apply),
+            (WrappersMP.DIFFUSION_MODEL, self._place),
+        ):
+            add_wrapper_with_key(kind, KEY, wrapper, self.options, is_model_options=True)
 
     # --- the denoiser protocol -------------------------------------------------------------------------------------
 
     def denoise(self, moving: Sequence[Moving], keep: bool = False) -> Sequence[Tensor]:
-        if keep:  # there is no memory to store waiting blocks in
+        if keep:  # waiting blocks stay where the draft left them
             return [m.x for m in moving]
         levels = {float(m.sigma) for m in moving}
         if len(levels) == 1 and self.covers([m.block for m in moving]):
             out = self.whole(moving)
             self.show(moving, out)
-            self.known[:] = True
+            if not self.plan.alone:
+                self.eps = self._noise_in(self.x, self.asked[moving[0].block][0], self.x0, self.eps)
             return out
         out = []
         for m in moving:
             out.append(self._windowed(m))
             self.show([m], out[-1:])
-            self.known[m.block.rows, m.block.columns] = True
         return out
 
     def commit(self, block: Block, x0: Tensor) -> None:
         self.paste(self.x0, block, x0)
+        self.seen.pop(block, None)
 
     def start(self, block: Block) -> None:
         pass
 
     def clear(self) -> None:
         self.controls.clear()
+        self.seen.clear()
+        if self.used is False:
+            name = type(self.guider.inner_model.diffusion_model).__name__
+            log.info("Rolling: %s attends to text and picture at once: attention_persistence changes nothing.", name)
 
     # --- a window ----------------------------------------------------------------------------------------------------
 
     def _windowed(self, m: Moving) -> Tensor:
         sigma, _ = self.asked[m.block]
-        self.window, self.weights = self._window(m.block)
-        # The same noise as at the start: what is known is noised along its own path, not with fresh noise a call.
-        level = sigma.reshape(-1, *[1] * (self.x.ndim - 1))
-        x = self.sampling.noise_scaling(level, self.noise.clone(), self.x0)
+        x0, eps = self.seen.setdefault(m.block, (self.x0.clone(), self.eps.clone()))
+        begun = self.begun.to(x0.device)
+        x0 = torch.where(begun, self.x0, x0)
+        eps = torch.where(begun, self.eps, eps)
+        x = self.sampling.noise_scaling(self._level(sigma), eps.clone(), x0)
         self.paste(x, m.block, m.x)
+        self.window, self.weights = self._window(m.block)
+        height, width, top, left = self.window
+        inside = ..., slice(top, top + height), slice(left, left + width)
         try:
-            return self.cut(self.ask(x, sigma, self.joint_options([m.block])), m.block).clone()
+            out = self.ask(x, sigma, self.joint_options([m.block]))
+            x0[inside] = out[inside]
+            eps = self._noise_in(x, sigma, x0, eps)
+            self.seen[m.block] = x0, eps
+            self.begun[m.block.rows, m.block.columns] = True
+            self.paste(self.eps, m.block, self.cut(eps, m.block))
+            return self.cut(out, m.block).clone()
         finally:
             self.window = self.weights = None
 
+    def _level(self, sigma: Tensor) -> Tensor:
+        return sigma.reshape(-1, *[1] * (self.x.ndim - 1))
+
+    def _noise_in(self, x: Tensor, sigma: Tensor, x0: Tensor, before: Tensor) -> Tensor:
+        """What is noise in x at this level, if x0 is the rest: along it a sampler goes on."""
+        level, zero = self._level(sigma), torch.zeros_like(x)
+        scale = self.sampling.noise_scaling(level, torch.ones_like(x), zero.clone())
+        rest = self.sampling.noise_scaling(level, zero, x0)
+        return torch.where(scale > 1e-3, (x - rest) / scale.clamp(min=1e-3), before)
+
     def _window(self, block: Block) -> tuple[Box, Tensor]:
-        """The block and up to `overlap` cells on each side where something is known; and its cells' weights."""
-        height, width = self.known.shape
-        reach = self.plan.overlap if self.persistence > 0 else 0
-        top, left = block.top, block.left
-        bottom, right = min(block.rows.stop, height), min(block.columns.stop, width)
-        while top > 0 and block.top - top < reach and self.known[top - 1, left:right].any():
-            top -= 1
-        while bottom < height and bottom - block.rows.stop < reach and self.known[bottom, left:right].any():
-            bottom += 1
-        while left > 0 and block.left - left < reach and self.known[top:bottom, left - 1].any():
-            left -= 1
-        while right < width and right - block.columns.stop < reach and self.known[top:bottom, right].any():
-            right += 1
-        rows = torch.arange(top, bottom)[:, None]
-        columns = torch.arange(left, right)[None]
+        """The window of a block, and the attention weight of its cells."""
+        box = place(block, self.shape, self.noise.shape[-2:], self.unit)
+        height, width, top, left = box
+        rows = torch.arange(top, top + height)[:, None]
+        columns = torch.arange(left, left + width)[None]
         gap = torch.maximum(
             torch.maximum(block.top - rows, rows - block.rows.stop + 1),
             torch.maximum(block.left - columns, columns - block.columns.stop + 1),
         ).clamp(min=0)
         weights = self.persistence ** torch.ceil(gap / self.plan.size)
-        weights = torch.where(self.known[top:bottom, left:right] | (gap == 0), weights, torch.zeros(()))
-        return (bottom - top, right - left, top, left), weights
+        begun = self.begun[top : top + height, left : left + width]
+        return box, torch.where(begun, weights, torch.ones(()))
+
+    def _place(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Tells a transformer with positions where on the canvas the window lies, where ComfyUI has a way to say it."""
+        given = kwargs.get("transformer_options"), *args
+        options = next((each for each in given if isinstance(each, dict) and "wrappers" in each), None)
+        model = executor.class_obj
+        if self.window is None or options is None or not knows_places(model):
+            return executor(x, *args, **kwargs)
+        if tuple(x.shape[-2:]) != self.window[:2]:  # a conditioning's own area: no model is told where these lie
+            return executor(x, *args, **kwargs)
+        before = options.get("rope_options")
+        own = dict(before or {})
+        for axis, start in (("y", self.window[2]), ("x", self.window[3])):
+            own[f"shift_{axis}"] = own.get(f"shift_{axis}", 0.0) + own.get(f"scale_{axis}", 1.0) * start / self.unit
+        options["rope_options"] = own
+        try:
+            return executor(x, *args, **kwargs)
+        finally:
+            options.pop("rope_options")
+            if before is not None:
+                options["rope_options"] = before
 
     def _crop(self, executor: Any, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict, *a, **kw):
         """Restricts every conditioning to the window: ComfyUI's areas crop latents, masks and concatenated latents."""
@@ -177,6 +230,7 @@ class WindowDenoiser(Canvas):
         if weights.shape != x.shape[-2:]:  # a conditioning's own area within the window
             return executor(x, t, concat, context, control, options, **kwargs)
         self.context = context.shape[1] if isinstance(context, Tensor) and context.ndim > 1 else -1
+        self.used = bool(self.used)
         grids = _grids(weights)
         previous = options.get("optimized_attention_override")
 
@@ -202,6 +256,76 @@ class WindowDenoiser(Canvas):
         if k.shape[axis] != tokens or tokens not in grids or tokens == self.context:
             return None
         return grids[tokens].clamp(min=torch.finfo(torch.float32).tiny).log()[None].to(q)
+
+
+def side_of_token(model: Any) -> int:
+    """Cells a side that a model takes as one: a transformer's patch, the last scale of a UNet."""
+    if hasattr(model, "channel_mult"):
+        return 2 ** (len(model.channel_mult) - 1)
+    patch = getattr(model, "patch_size", 1)
+    patch = patch[-1] if isinstance(patch, (tuple, list)) else patch
+    return patch if isinstance(patch, int) and patch > 0 else 1
+
+
+def knows_places(model: Any) -> bool:
+    """Can this model be told where on the canvas its window lies?"""
+    return type(model).__name__ in PLACED and hasattr(comfy.model_patcher.ModelPatcher, "set_model_rope_options")
+
+
+def window_shape(plan: Plan, canvas: Sequence[int], model: Any = None, persistence: float = 1.0) -> tuple[int, int]:
+    """Rows and columns of a window (cells): the plan's, or the most that the budget allows."""
+    first, unit, (height, width) = plan.blocks[0], side_of_token(model), canvas
+    if plan.alone:
+        return height, width
+
+    def grown(size: int) -> tuple[int, int]:
+        """So many cells along each axis that blocks are cut along."""
+        size = -(-size // unit) * unit
+        down, across = (size if first.height < height else height), (size if first.width < width else width)
+        return min(down, height), min(across, width)
+
+    budget = BUDGET if knows_places(model) else UNPLACED
+    run = plan.steps - plan.draft
+    afford = (budget * plan.steps - plan.draft) * height * width / (run * len(plan.blocks))
+    least = LEAST.get(type(model).__name__, 1)
+    size = plan.window if persistence > 0 else 0  # without context, the block alone
+    while size < max(height, width) and (
+        sum(grown(size)) < least or (persistence > 0 and math.prod(grown(size + 1)) <= afford)
+    ):
+        size += 1
+    return grown(size)
+
+
+def place(block: Block, shape: tuple[int, int], canvas: Sequence[int], unit: int = 1) -> Box:
+    """A window of this shape with the block in its middle, moved to where it stays on the canvas and cuts no token."""
+
+    def along(start: int, stop: int, size: int, extent: int) -> tuple[int, int]:
+        stop = min(stop, extent)
+        first, last, end = start // unit * unit, -(-stop // unit) * unit, -(-extent // unit) * unit
+        size = max(size, last - first)
+        if size >= extent:
+            return extent, 0
+        begin = max(min((start + stop - size) // 2, end - size), 0)
+        begin = min(max(begin // unit * unit, last - size), first)
+        return min(size, extent - begin), begin
+
+    height, top = along(block.top, block.rows.stop, shape[0], canvas[-2])
+    width, left = along(block.left, block.columns.stop, shape[1], canvas[-1])
+    return height, width, top, left
+
+
+def plan_of_windows(plan: Plan, model: Any = None) -> str:
+    """A plan's description, with the cost of windows: one call for each block and step after the draft."""
+    run, canvas = plan.steps - plan.draft, (plan.height, plan.width)
+    shape, unit = window_shape(plan, canvas, model, plan.persistence), side_of_token(model)
+    boxes = [place(block, shape, canvas, unit) for block in plan.blocks]
+    cells = plan.draft * math.prod(canvas) + run * sum(height * width for height, width, *_ in boxes)
+    rows = [line for line in str(plan).splitlines() if not line.startswith(("calls", "tokens", "cost"))]
+    height, width = map(max, list(zip(*boxes))[:2])
+    calls = f"{plan.draft} of the whole canvas + {run * len(boxes)} of windows, up to {height} × {width} cells"
+    rows.append(f"calls   {calls}")
+    rows.append(f"cost    {cells} cells, {cells / (plan.steps * math.prod(canvas)):.2f} of ordinary sampling")
+    return "\n".join(rows)
 
 
 def _plane(area: Sequence[int]) -> Box:

@@ -169,7 +169,7 @@ def embed_levels(self: Any, timestep: Tensor, *rest: Tensor | None) -> Tensor:
     """The forward of a timestep embedding, for (rows,) or (B, rows) timesteps: (B, rows, width)."""
     rows = timestep.shape[-1]
     sizes = [len(r) for r in rest if r is not None] + ([len(timestep)] if timestep.ndim == 2 else [])
-    batch = max(sizes, default=1)
+    batch = max(1, *sizes)
     more = [None if r is None else r.expand(batch, *r.shape[1:]).repeat_interleave(rows, 0) for r in rest]
     return type(self).forward(self, timestep.expand(batch, rows).flatten(), *more).unflatten(0, (batch, rows))
 

@@ -1,8 +1,7 @@
 """roll(pipe): pipelines of diffusers, drawing in an order."""
 
-from .loading import load, starting
 from .roll import Rolling, roll
 from .run import Tick
 from .schedulers import SAMPLERS, SPACINGS
 
-__all__ = ["SAMPLERS", "SPACINGS", "Rolling", "Tick", "load", "roll", "starting"]
+__all__ = ["SAMPLERS", "SPACINGS", "Rolling", "Tick", "roll"]

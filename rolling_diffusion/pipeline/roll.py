@@ -6,7 +6,6 @@ import copy
 import difflib
 import inspect
 import json
-import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from ..core.order import whole
 from ..core.plan import Plan
 from ..defaults import Card, check_text_level, plan_for
 from ..models.call import swapped, unwrapped
@@ -131,7 +131,7 @@ class Rolling:
                         raise ValueError(sentence)
             return plan
 
-        cap = card.reach if memory_tokens is None else operator.index(memory_tokens)
+        cap = card.reach if memory_tokens is None else whole("memory_tokens", memory_tokens, 0)
         offloaded = bool(getattr(pipe, "_all_hooks", None))
         kept: list[Any] = [memory_device]
 
@@ -287,12 +287,10 @@ def _refusal(model: Any) -> str | None:
 def _share_of_steps(said: Mapping[str, Any]) -> str | None:
     """Arguments that count a pipeline's steps, of which blocks take theirs at different times."""
     starts = {"control_guidance_start": 0.0, "control_guidance_end": 1.0}
-    for name, whole in starts.items():
-        value = said.get(name, whole)
-        if any(v != whole for v in (value if isinstance(value, (list, tuple)) else [value])):
-            return (
-                f"{name} is {value}, and must be {whole}: blocks take their steps at different times (lag=0 does not)"
-            )
+    for name, full in starts.items():
+        value = said.get(name, full)
+        if any(v != full for v in (value if isinstance(value, (list, tuple)) else [value])):
+            return f"{name} is {value}, and must be {full}: blocks take their steps at different times (lag=0 does not)"
     if said.get("skip_guidance_layers") is not None:
         return "skip_guidance_layers acts on some steps only, and blocks take theirs at different times: leave it out"
     return None

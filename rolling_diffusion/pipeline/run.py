@@ -157,23 +157,24 @@ class ControlNet:
         self.request, self.known = request, {}
         return self, self
 
-    def nets(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Each net and its own request: several pictures may go through one net."""
-        if not hasattr(self.real, "nets"):
-            yield self.real, self.request
-            return
+    def each(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Each net and its own request: several pictures may go through one net. Only a union is told of a mode."""
         names = ("controlnet_cond", "controlnet_mode", "conditioning_scale")
-        nets = itertools.cycle(self.real.nets)
-        for net, condition, mode, scale in zip(nets, *(self.request[name] for name in names)):
-            mode = mode[:, None] if isinstance(mode, Tensor) and mode.ndim == 1 else mode
-            yield net, self.request | dict(zip(names, (condition, mode, scale)))
+        several = hasattr(self.real, "nets")
+        nets = itertools.cycle(self.real.nets if several else [self.real])
+        for net, *values in zip(nets, *(self.request[n] if several else [self.request[n]] for n in names)):
+            if not net.union:
+                values[1] = None
+            elif values[1].ndim == 1:
+                values[1] = values[1][:, None]
+            yield net, self.request | dict(zip(names, values))
 
     def residuals(self, indices: Sequence[int], times: list[float], kind: Kind | None) -> dict[str, Any]:
         """The transformer's arguments for these blocks at these timesteps, summed over the nets."""
         question = tuple(indices), tuple(times)
         if question not in self.known:
             sums: list[Any] = [None, None]
-            for i, (net, request) in enumerate(self.nets()):
+            for i, (net, request) in enumerate(self.each()):
                 if i == len(self.memories):
                     self.memories.append(self.run.memory(len(request["hidden_states"])))
                 for j, found in enumerate(
@@ -329,6 +330,7 @@ class Run:
                 memory.put(kind, block, layer, key[:, place], value[:, place])
 
         sink = keep if kind is not None and memory.rule.stores(kind) else None
+        told = told.expand(len(request["hidden_states"]), -1)  # there may be but one prompt for all pictures
         size, rows = (self.height, self.width), Levels.of(told, index, self.text_level)
         return rolling_call(family, model, request, tokens, size, rows, view, sink, **more)
 
@@ -370,10 +372,10 @@ class Run:
         if not self.context_noise:
             return request
         block = self.plan.blocks[g]
-        blank = self.family.blank(self.like, self.height, self.width)
+        blank = self.family.blank(self.like.expand(len(self.seeds), *self.like.shape[1:]), self.height, self.width)
         part = self.family.cut(blank, block, self.place(g, blank))
         draws = [torch.Generator().manual_seed(block_seed(seed, block)) for seed in self.seeds]
-        shape = (len(part) // len(draws), *part.shape[1:])
+        shape = (1, *part.shape[1:])
         noise = torch.cat([torch.randn(shape, generator=draw, dtype=torch.float32) for draw in draws])
         self.family.paste(blank, block, self.place(g, blank), noise.to(blank))
         return self.family.blend(request, blank, self.context_noise)

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..pipeline import Rolling, roll, starting
+from ..loading import starting
+from ..pipeline import Rolling, roll
 from .draw import Stopped, draw
 from .errors import SERVER, Refusal, broken
 from .job import SIDE, Job, refused_plan

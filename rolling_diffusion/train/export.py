@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
-from ..pipeline.loading import plainly
+from ..loading import plainly
 from ..world.caption import ALONE, digits
 from .text import CLIP_IDS, LENGTH, T5_IDS
 

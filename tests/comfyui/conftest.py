@@ -49,8 +49,9 @@ class Host:
         self.room = module.rsplit(".", 1)[0]  # the pack's package, as ComfyUI's loader named it
 
     def module(self, name):
-        """A module of the pack's comfy room, or of another: "core.plan" is two rooms away."""
-        return sys.modules[f"{self.room}.{name}"]
+        """A module of the pack's comfy room, or of another, such as "core.plan"."""
+        inside = f"{self.room}.{name}"
+        return sys.modules[inside if inside in sys.modules else f"{self.room.rsplit('.', 1)[0]}.{name}"]
 
     def stock(self, model, latent, sampler="euler", scheduler="simple", steps=3, denoise=1.0, cfg=3.0, prompts=None):
         positive, negative = prompts or self.prompts

@@ -232,3 +232,84 @@ def test_adaptive_samplers_are_refused_by_name(host, flux):
                        rolling_overlap=16, attention_persistence=0.5)[0]  # fmt: skip
     with pytest.raises(ValueError, match="dpm_adaptive"):
         rolling.sample(None, None, {}, None, None)
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd"])
+def test_compiled_models_roll_uncompiled(host, kind, caplog):
+    """torch.compile's graphs don't look at a call's options again; so they are left out, and the node says so."""
+    model = getattr(host.tiny, kind)()
+    latent = host.tiny.latent(16, 8, model.model.latent_format.latent_channels)
+    compiled = host.run("TorchCompileModel", model=model, backend="inductor")[0]
+    with caplog.at_level("INFO", logger="rolling_diffusion"):
+        assert torch.equal(host.ours(compiled, latent, **RUN), host.ours(model, latent, **RUN))
+    assert "runs uncompiled while blocks roll" in caplog.text
+    assert "torch.compile" in compiled.wrappers["apply_model"]  # the user's model keeps it
+
+
+def test_one_block_stays_compiled(host, flux):
+    """With a backend that compiles at once; ComfyUI's guards are taken off as its own node does it."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model, latent, graphs = flux.clone(), host.tiny.latent(8, 8), []
+
+    def backend(graph, inputs, **kwargs):
+        graphs.append(graph)
+        return graph.forward
+
+    set_torch_compile_wrapper(model=model, backend=backend)
+    torch._dynamo.reset()
+    out, stock = host.ours(model, latent), host.stock(flux, latent)
+    assert graphs and (out - stock).abs().mean() < 1e-5 * stock.abs().mean()
+
+
+def without(function, parameter):
+    """The function as another release might have it: this parameter is not known, and refused."""
+    import functools
+    import inspect
+
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def changed(*args, **kwargs):
+        if parameter in kwargs:
+            raise TypeError(f"unexpected keyword argument {parameter!r}")
+        return function(*args, **kwargs)
+
+    left = [p for p in signature.parameters.values() if p.name != parameter]
+    changed.__signature__ = signature.replace(parameters=left)
+    return changed
+
+
+CHANGES = [
+    ("comfy.ldm.flux.layers", "DoubleStreamBlock", "forward", "modulation_dims_img"),
+    ("comfy.ldm.flux.layers", "SingleStreamBlock", "forward", "modulation_dims"),
+    ("comfy.ldm.flux.layers", "LastLayer", "forward", "modulation_dims"),
+]
+
+
+@pytest.mark.parametrize("module, owner, name, parameter", CHANGES)
+def test_a_changed_host_gets_windows_and_a_sentence(host, flux, caplog, monkeypatch, module, owner, name, parameter):
+    """Signatures that are not what the hooks call: no traceback, but windows."""
+    import importlib
+
+    owner = getattr(importlib.import_module(module), owner)
+    monkeypatch.setattr(owner, name, without(getattr(owner, name), parameter))
+    with caplog.at_level("INFO", logger="rolling_diffusion"):
+        assert host.ours(flux, host.tiny.latent(16, 8), **RUN).isfinite().all()
+    assert f"This ComfyUI has changed {parameter} of" in caplog.text and "windows" in caplog.text
+
+
+def test_everything_that_is_relied_on_is_looked_up(host, flux, monkeypatch):
+    """Each entry in turn: a name that is not there, a word that is not looked for."""
+    module, model = host.module("drift"), flux.model.diffusion_model
+    assert module.drift(model) == ""
+    for name, (find, parameters) in module.CALLED.items():
+        monkeypatch.setitem(module.CALLED, name, (find, (*parameters, "never")))
+        assert module.drift(model) == f"never of {name}"
+        monkeypatch.setitem(module.CALLED, name, (find, parameters))
+    for name, (find, word) in module.LOOKED_FOR.items():
+        monkeypatch.setitem(module.LOOKED_FOR, name, (find, '"never looked for"'))
+        assert module.drift(model) == name
+        monkeypatch.setitem(module.LOOKED_FOR, name, (find, word))
+    monkeypatch.setattr(module, "HAS", (*module.HAS, "never"))
+    assert module.drift(model) == "Flux.never"

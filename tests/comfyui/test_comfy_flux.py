@@ -30,8 +30,8 @@ def probe(host, model, look, height=24, width=16, batch=1, cfg=3.0, latent=None,
 
 
 def denoiser(host, guider, options, noise, latent, order="top-to-bottom", multiple=2, persistence=1.0):
-    settings = host.module("sampler").Settings(order, window=16, overlap=8, persistence=persistence, draft=0)
-    plan = settings.plan(*noise.shape[-2:], 4, multiple)
+    rule = {"multiple": multiple, "persistence": persistence}
+    plan = host.module("core.plan").make_plan(*noise.shape[-2:], 4, order=order, window=16, overlap=8, **rule)
     out = host.module("flux").FluxDenoiser(guider, options, 3, noise, latent, plan=plan)
     out.begin(noise)
     return out
@@ -75,30 +75,84 @@ def test_equal_levels_are_the_stock_model(host, kind, batch, order):
     assert (parted - stock).abs().max() < 2e-5
 
 
+def rooms(host, name):
+    """A module of the library, as the pack under test imports it."""
+    import importlib
+
+    return importlib.import_module(f"{host.room.rsplit('.', 1)[0]}.{name}")
+
+
+class Library:
+    """A denoiser as the rollout wants it, of the library's own rolling call and memory."""
+
+    def __init__(self, host, transformer, text, pooled, plan):
+        self.calls, self.flux = rooms(host, "models.call"), rooms(host, "models.flux")
+        self.moving = rooms(host, "core.rollout").Moving
+        self.memory = rooms(host, "core.memory").Memory(plan.rule)
+        self.transformer, self.family, self.plan = transformer, self.flux.Flux(transformer), plan
+        y, x = torch.meshgrid(torch.arange(plan.height // 2), torch.arange(plan.width // 2), indexing="ij")
+        self.request = {
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "img_ids": torch.stack([torch.zeros_like(y), y, x], -1).flatten(0, 1).float(),
+            "txt_ids": torch.zeros(text.shape[1], 3),
+        }
+
+    @torch.no_grad()
+    def denoise(self, moving, keep=False, kind="waiting"):
+        canvas = moving[0].x.new_zeros(*moving[0].x.shape[:2], self.plan.height, self.plan.width)
+        for block, x, _ in moving:
+            canvas[..., block.rows, block.columns] = x
+        tokens = [self.family.tokens(block, self.plan.width) for block, *_ in moving]
+        counts = [len(t) for t in tokens]
+        levels = sorted({float(m.sigma) for m in moving})
+        index = torch.tensor([levels.index(float(m.sigma)) for m in moving]).repeat_interleave(torch.tensor(counts))
+        blocks = [block for block, *_ in moving]
+
+        def store(layer, key, value):
+            for block, k, v in zip(blocks, key.split(counts, 1), value.split(counts, 1)):
+                self.memory.put(kind, block, layer, k, v)
+
+        answer = self.calls.run(
+            self.family,
+            self.transformer,
+            {**self.request, "hidden_states": self.flux.pack(canvas)},
+            torch.cat(tokens),
+            (self.plan.height, self.plan.width),
+            self.calls.Levels.of(torch.tensor(levels), index),
+            self.memory.view(blocks, free=not keep),
+            store if keep else None,
+        )[0]
+        velocities = [self.flux.unpack(v, b.height, b.width) for v, b in zip(answer.split(counts, 1), blocks)]
+        return [m.x - m.sigma * v for m, v in zip(moving, velocities)]
+
+    def commit(self, block, x0):
+        self.denoise([self.moving(block, x0, torch.tensor(0.0))], True, "finished")
+
+    def start(self, block):
+        self.memory.start(block)
+
+
 def test_levels_and_memory_are_the_librarys(host):
     """The same weights in the library's own denoiser: levels, waiting and finished memory, persistence.
 
     ComfyUI and diffusers themselves differ by rounding, which random weights amplify: that is the measure.
     """
     pytest.importorskip("diffusers")
-    rooms = host.room.rsplit(".", 1)[0]
-    import importlib
+    from diffusers import FluxTransformer2DModel
 
-    library = importlib.import_module(f"{rooms}.models.denoiser")
-    transformer = importlib.import_module(f"{rooms}.models.flux").RollingFluxTransformer2DModel
-    convert = importlib.import_module(f"{rooms}.models.convert")
     model = host.tiny.flux()
     state = {k.replace("_norm.weight", "_norm.scale"): v for k, v in model.model.diffusion_model.state_dict().items()}
-    reference = transformer(
+    reference = FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=128, num_attention_heads=2,
         joint_attention_dim=32, pooled_projection_dim=24, axes_dims_rope=(16, 56, 56),
     ).eval()  # fmt: skip
-    reference.load_state_dict(convert.flux_from_comfy(state))
+    reference.load_state_dict(rooms(host, "models.convert").flux_from_comfy(state))
 
     def look(guider, options, noise, latent):
         d = denoiser(host, guider, options, noise, latent, persistence=0.5)
         text, extra = host.prompts[0][0]
-        other = library.FluxDenoiser(reference, text, extra["pooled_output"], rule=d.plan.rule)
+        other = Library(host, reference, text, extra["pooled_output"], d.plan)
         out = []
         for each in (d, other):
             blocks = moving(host, d, noise, [0.75, 0.75, 0.75])
@@ -122,7 +176,7 @@ def test_levels_and_memory_are_the_librarys(host):
 def test_persistence_0_costs_nothing_and_1_costs_a_commit_each(host, flux):
     """12 rows in strips of 4, one step of draft: calls are ticks, plus one for waiting blocks, plus commits."""
     latent = host.tiny.latent(16, 8)
-    ticks = host.module("sampler").Settings(window=8, overlap=4, draft=1).plan(16, 8, 4, 2).ticks
+    ticks = host.module("settings").Settings(window=8, overlap=4, draft=1).plan(16, 8, 4, 2).ticks
     for persistence, extra in ((0.0, 1), (1.0, 1 + 3)):
         model, seen = host.calls(flux)
         host.ours(model, latent, steps=4, window=8, overlap=4, draft=1, persistence=persistence, cfg=1.0)

@@ -10,8 +10,9 @@ from PIL import Image
 
 PACK = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted(path.stem for path in (PACK / "example_workflows").glob("*.json"))
-NODES = ("AutoregressiveRollingDiffusionSampler", "FluxDevAutoRegressiveRollingDiffusionSampler", "RollingSampler",
-         "LoadEmbeddedRollingModel", "RollingPlanPreview")  # fmt: skip
+NODES = ("AutoregressiveRollingDiffusionSampler", "AutoregressiveRollingDiffusionSamplerAdvanced",
+         "FluxDevAutoRegressiveRollingDiffusionSampler", "RollingSampler", "LoadEmbeddedRollingModel",
+         "RollingPlanPreview")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -79,53 +80,64 @@ def test_example_workflows_end_with_a_picture(server, name):
     for node in prompt.values():
         if "steps" in node["inputs"]:  # fewer: the tests share a machine
             node["inputs"]["steps"] = 6 if server.real else 3
-        if name == "advanced":  # a small model stands in for the user's checkpoint, on a canvas of its size
-            if node["class_type"] == "CheckpointLoaderSimple":
-                node.update(class_type="LoadEmbeddedRollingModel", inputs={})
-            elif node["class_type"] == "EmptyLatentImage":
-                node["inputs"].update(width=256, height=256)
-            elif "rolling_window_size" in node["inputs"]:
-                node["inputs"].update(rolling_window_size=16, rolling_overlap=8)
-    if name == "img2img":
+    if name == "rolling_image_to_image":
         Image.new("RGB", (64, 48), (90, 140, 210)).save(server.base / "input" / "example.png")
     images = pictures(server, server.run(prompt))
-    assert len(images) == (2 if name == "custom_sampler" else 1)
+    assert len(images) == (2 if name == "rolling_custom_sampler" else 1)
     assert all(len(image.convert("RGB").getcolors(1 << 24)) > 50 for image in images)
-    expected = {"tall_canvas": (256, 512)}.get(name, (256, 256))
+    expected = {"rolling_tall_canvas": (256, 512)}.get(name, (256, 256))
     assert expected in [image.size for image in images]
 
 
-BAD = [
-    ({"rolling_overlap": 64}, r"rolling_overlap \(64\) must be below rolling_window_size \(32\)"),
-    ({"rolling_window_size": 8}, r"rolling_window_size is 8 cells, and must be from 16 to 512"),
-    ({"rolling_overlap": 13}, r"rolling_overlap is 13 cells, and must be even"),
-    ({"sampler_name": "dpm_adaptive"}, "dpm_adaptive chooses its own noise levels"),
-    ({"sampler_name": "eular"}, "unknown sampler 'eular': choose one of euler"),
-    ({"draft": 20}, r"draft \(20\) must be below steps \(20\)"),
-    ({"steps": 0}, "steps is 0, and must be from 1"),
-    ({"autoregressive_order": "sideways"}, "sideways"),
-    ({"attention_persistence": 1.5}, "1.5|max"),
+BAD = [  # the change, the input at fault, what is said of it
+    ({"rolling_window_size": 8}, "rolling_window_size", "smaller than min of 16"),
+    ({"sampler_name": "dpm_adaptive"}, "sampler_name", "dpm_adaptive chooses its own noise levels"),
+    ({"sampler_name": "eular"}, "sampler_name", "eular is not a sampler of this ComfyUI"),
+    ({"steps": 0}, "steps", "smaller than min of 1"),
+    ({"autoregressive_order": "sideways"}, "autoregressive_order", "sideways"),
+    ({"attention_persistence": 1.5}, "attention_persistence", "bigger than max of 1.0"),
+]
+UNFIT = [  # values that are each allowed, and do not go together
+    ({"rolling_overlap": 64}, "rolling_overlap is 64, and must be below rolling_window_size, which is 32."),
+    ({"draft": 20, "steps": 20}, "draft is 20, and must be below steps, which is 20"),
 ]
 
 
-@pytest.mark.parametrize("change, sentence", BAD)
-def test_bad_values_get_a_red_node_and_a_sentence_before_anything_runs(server, change, sentence):
-    import re
-
-    prompt = workflow(server, "tall_canvas")
+def tall_canvas(server, change):
+    prompt = workflow(server, "rolling_tall_canvas")
     [(number, node)] = [(k, n) for k, n in prompt.items() if n["class_type"] == NODES[0]]
     node["inputs"].update(change)
+    return prompt, number
+
+
+@pytest.mark.parametrize("change, name, sentence", BAD)
+def test_a_bad_value_is_one_short_error_on_the_input_at_fault(server, change, name, sentence):
+    prompt, number = tall_canvas(server, change)
     status, answer = server.post("/prompt", {"prompt": prompt})
-    assert status == 400 and number in answer["node_errors"]
-    errors = answer["node_errors"][number]["errors"]  # ComfyUI repeats it for each input that a check looks at
-    assert len({error["message"] for error in errors}) == 1
-    assert all(re.search(sentence, f"{error['message']} {error['details']}") for error in errors), errors
+    assert status == 400
+    [error] = answer["node_errors"][number]["errors"]
+    assert error["extra_info"]["input_name"] == name
+    said = f"{error['message']} {error['details']}"
+    assert all(word in said for word in sentence.split(" ")), said
+    assert len(error["details"]) < 160, said
+
+
+@pytest.mark.parametrize("change, sentence", UNFIT)
+def test_values_that_do_not_go_together_are_one_error_before_anything_runs(server, change, sentence):
+    prompt, number = tall_canvas(server, change)
+    for node in prompt.values():  # nothing of it may be in ComfyUI's cache
+        if node["class_type"] == "CLIPTextEncode":
+            node["inputs"]["text"] += f" {sorted(change)}"
+    entry = server.run(prompt)
+    [error] = [m[1] for m in entry["status"]["messages"] if m[0] == "execution_error"]
+    assert error["node_id"] == number and error["exception_message"].strip().startswith(sentence)
+    assert error["executed"] == []
 
 
 def test_cancel_over_http(server):
     import time
 
-    prompt = workflow(server, "tall_canvas")
+    prompt = workflow(server, "rolling_tall_canvas")
     for node in prompt.values():
         if "steps" in node["inputs"]:
             node["inputs"].update(steps=500, seed=77)

@@ -80,23 +80,41 @@ def test_widgets_show_the_defaults(page):
     assert {name: values[name] for name in expected} == expected
 
 
-def test_nodes_are_found_by_search(page):
-    """A double click on the canvas opens the search; typing finds the node."""
+SHOWN = {
+    "rolling": ("Rolling Plan Preview", "Autoregressive Rolling Diffusion Sampler", "Rolling Sampler"),
+    "ksampler": ("Autoregressive Rolling Diffusion Sampler (KSampler Advanced)",),
+}
+
+
+@pytest.mark.parametrize("word", SHOWN)
+def test_nodes_are_found_by_search(page, word):
+    """A double click on the canvas opens the search; typing shows the node, without scrolling."""
     from selenium.webdriver import ActionChains, Keys
 
+    if word == "ksampler" and page.execute_script("return window.__COMFYUI_FRONTEND_VERSION__").startswith("1.2"):
+        pytest.skip("the search of this page looks at the beginnings of names alone")
     page.execute_script("window.app.graph.clear()")
     canvas = page.find_element("css selector", "canvas#graph-canvas")
     ActionChains(page).double_click(canvas).perform()
     time.sleep(2)
-    ActionChains(page).send_keys("rolling").perform()
-    found = wait(page, "return document.body.innerText.includes('Rolling Plan Preview')", 30)
-    shot(page, "search")
-    assert found
+    ActionChains(page).send_keys(word).perform()
+    time.sleep(2)
+    shot(page, f"search-{word}")
+    for name in SHOWN[word]:
+        wait(page, f"return {VISIBLE}({json.dumps(name)})", 30)
     ActionChains(page).send_keys(Keys.ESCAPE).perform()
 
 
+# Does an element with this text stand in the visible part of the page?
+VISIBLE = """(text => [...document.querySelectorAll('*')].some(e => {
+    if (e.textContent.trim() !== text) return false;
+    const box = e.getBoundingClientRect();
+    return box.height > 0 && box.bottom <= innerHeight && document.elementFromPoint(box.x + 2, box.y + box.height / 2);
+}))"""
+
+
 def test_a_workflow_queued_from_the_page_ends_with_a_picture(page):
-    workflow = json.loads((PACK / "example_workflows" / "tall_canvas.json").read_text(encoding="utf-8"))
+    workflow = json.loads((PACK / "example_workflows" / "rolling_tall_canvas.json").read_text(encoding="utf-8"))
     for node in workflow["nodes"]:
         if node["type"] == "AutoregressiveRollingDiffusionSampler":
             node["widgets_values"][2] = 20 if page.server.real else 3
@@ -119,6 +137,65 @@ def test_a_workflow_queued_from_the_page_ends_with_a_picture(page):
     time.sleep(2)
     shot(page, "workflow")
     assert "Invalid workflow" not in page.execute_script("return document.body.innerText")
+
+
+def load(page, change=None):
+    """The tall canvas on the page, its sampler's widgets changed by name."""
+    workflow = json.loads((PACK / "example_workflows" / "rolling_tall_canvas.json").read_text(encoding="utf-8"))
+    page.execute_async_script(
+        """const [workflow, change, done] = arguments;
+        window.app.loadGraphData(workflow).then(() => {
+            const node = window.app.graph._nodes.find(n => n.type === 'AutoregressiveRollingDiffusionSampler');
+            for (const [name, value] of Object.entries(change)) node.widgets.find(w => w.name === name).value = value;
+            done();
+        })""",
+        workflow,
+        change or {},
+    )
+
+
+def run(page):
+    """Press Run and wait until nothing is queued: the newest history entry, or None if it was refused."""
+    before = set(page.server.get("/history"))
+    page.execute_async_script("window.app.queuePrompt(0, 1).catch(() => 0).then(arguments[0])")
+    for _ in range(600):
+        new = set(page.server.get("/history")) - before
+        queue = page.server.get("/queue")
+        if new or not (queue["queue_running"] or queue["queue_pending"]):
+            return page.server.get("/history")[new.pop()] if new else None
+        time.sleep(0.5)
+    raise TimeoutError("the run did not end")
+
+
+def said(page, words):
+    """The text on the sampler that holds these words."""
+    sampler = "n => n.type === 'AutoregressiveRollingDiffusionSampler'"
+    texts = f"window.app.graph._nodes.filter({sampler}).flatMap(n => n.widgets).map(w => String(w.value))"
+    return wait(page, f"return {texts}.find(v => v.includes({json.dumps(words)}))", 20)
+
+
+def test_one_block_is_said_on_the_node(page):
+    load(page, {"rolling_window_size": 64, "steps": 2})
+    assert run(page)["status"]["status_str"] == "success"
+    assert said(page, "below 64").startswith("One block, as without rolling")
+    page.execute_script("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    time.sleep(2)
+    shot(page, "one-block")
+
+
+def test_a_bad_value_is_one_error_in_the_page(page):
+    load(page, {"sampler_name": "dpm_adaptive"})
+    assert run(page) is None
+    time.sleep(2)
+    shot(page, "error-sampler")
+    text = page.execute_script("return document.body.innerText")
+    assert "2 errors" not in text.lower() and "5 errors" not in text.lower()
+    page.execute_script("document.querySelectorAll('.p-dialog-close-button').forEach(b => b.click())")
+    load(page, {"rolling_overlap": 64, "steps": 2})
+    assert run(page)["status"]["status_str"] == "error"
+    assert said(page, "rolling_overlap is 64, and must be below")
+    shot(page, "error-overlap")
+    page.execute_script("document.querySelectorAll('.p-dialog-close-button').forEach(b => b.click())")
 
 
 def test_tooltips_and_the_help_page_open(page):

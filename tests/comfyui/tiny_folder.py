@@ -21,8 +21,8 @@ def tokenizer(special, start, end):
     )
 
 
-def make(folder, seed=0):
-    """Write the folder; returns it."""
+def make(folder, seed=0, guidance=False):
+    """Write the folder; returns it. guidance: whether the transformer is distilled, as FLUX.1-dev's is."""
     torch.manual_seed(seed)
     t5, clip = ("<pad>", "</s>", "<unk>"), ("<pad>", "<start>", "<unk>", "<end>")
     pipeline = FluxPipeline(
@@ -38,7 +38,8 @@ def make(folder, seed=0):
         tokenizer_2=tokenizer(t5, None, "</s>"),
         transformer=FluxTransformer2DModel(
             patch_size=1, in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=128,
-            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(16, 56, 56)),
+            num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(16, 56, 56),
+            guidance_embeds=guidance),
     )  # fmt: skip
     with torch.no_grad():
         for parameter in pipeline.transformer.parameters():

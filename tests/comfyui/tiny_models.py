@@ -102,6 +102,51 @@ def sd(seed=1):
     return _patcher(comfy.supported_models.SD15(config), seed, torch.float32)
 
 
+def sdxl(seed=2, refiner=False):
+    """SDXL's UNet, or its refiner's: three scales, CLIP-L's and CLIP-G's text side by side, sizes in a vector."""
+    config = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 32,
+        "num_res_blocks": [1, 1, 1],
+        "channel_mult": [1, 2, 4],
+        "num_head_channels": 16,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": True,
+        "context_dim": 1280 if refiner else 768 + 1280,
+        "transformer_depth": [0, 1, 1],
+        "transformer_depth_output": [0, 0, 1, 1, 1, 1],
+        "transformer_depth_middle": 1,
+        "use_temporal_attention": False,
+        "num_classes": "sequential",
+        "adm_in_channels": 1280 + (5 if refiner else 6) * 256,
+        "legacy": False,
+        "dtype": torch.float32,
+    }
+    kind = comfy.supported_models.SDXLRefiner if refiner else comfy.supported_models.SDXL
+    return _patcher(kind(config), seed, torch.float32)
+
+
+def pixart(seed=3):
+    """A PixArt Sigma: a transformer that takes no square below 34×34 cells."""
+    config = {
+        "image_model": "pixart_sigma",
+        "num_heads": 2,
+        "patch_size": 2,
+        "hidden_size": 128,
+        "in_channels": 4,
+        "depth": 1,
+        "model_max_length": 120,
+        "input_size": 128,
+        "pe_interpolation": 2,
+        "micro_condition": False,
+        "caption_channels": 32,
+        "dtype": torch.float32,
+    }
+    return _patcher(comfy.supported_models.PixArtSigma(config), seed, torch.float32)
+
+
 def _has(name):
     import dataclasses
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import call, pipeline
 
+from rolling_diffusion.loading import load
 from rolling_diffusion.models.convert import flux_to_comfy
-from rolling_diffusion.pipeline import load
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,9 @@ def test_weights_that_are_all_foreign_are_refused(folder, part):
 def test_layers_that_the_configuration_does_not_count_are_refused(folder, part, change, name):
     rewrite(folder / part / "config.json", lambda c: c | change)
     error = refused(folder)
-    assert f"{part} in {folder} has weights that its config.json has no place for: " in error and name in error
+    # The second: transformers 4 refuses a T5 without layers by itself.
+    ours = f"{part} in {folder} has weights that its config.json has no place for: " in error and name in error
+    assert ours or (part == "text_encoder_2" and "not part of the modules in T5Stack" in error)
 
 
 def test_other_models_beside_a_text_encoder_do_no_harm(folder):

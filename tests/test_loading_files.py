@@ -12,9 +12,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from tiny_pipeline import call, pipeline
 
+from rolling_diffusion.loading import explain, load
 from rolling_diffusion.models.convert import flux_to_comfy
-from rolling_diffusion.pipeline import load, roll
-from rolling_diffusion.pipeline.loading import explain
+from rolling_diffusion.pipeline import roll
 
 ROLL = {"window": 8, "overlap": 4, "draft": 0}
 

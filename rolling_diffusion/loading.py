@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from ..models.convert import flux_from_comfy, flux_to_comfy
-from .space import OutOfMemory
+from .models.convert import flux_from_comfy, flux_to_comfy
+from .pipeline.space import OutOfMemory
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 FLUX_WIDTH = 3072
@@ -399,9 +399,7 @@ def explain(error: BaseException, what: str) -> str:
             "not set), or give a local folder or file"
         )
     readable = transformers.utils.is_sentencepiece_available() and transformers.utils.is_protobuf_available()
-    if not readable and re.search(
-        "tiktoken|sentencepiece|protobuf", text, re.I
-    ):  # what transformers guesses it to need
+    if not readable and re.search("tiktoken|sentencepiece|protobuf", text, re.I):  # transformers guesses among them
         return (
             f"{what} has a tokenizer without a tokenizer.json, and the packages that read it are not installed: "
             "pip install sentencepiece protobuf"

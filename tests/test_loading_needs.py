@@ -8,7 +8,7 @@ from tiny_pipeline import pipeline
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 
-from rolling_diffusion.pipeline import load
+from rolling_diffusion.loading import load
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed here")
