@@ -12,6 +12,7 @@ from .core.order import Block, Walk, span, whole
 from .core.plan import Plan, check_draft, count_steps, make_plan
 
 DRAFT = 0.5  # share of the steps, unless a model's card says otherwise: docs/results.md has the study that decided it
+CELL, TOKEN = 8, 2  # pixels a cell, cells a token: of every family that rolls
 EVERYWHERE = "all"  # a lookahead over the whole canvas; None means the same
 TEXT_LEVELS = ("max", "mean", "min")
 

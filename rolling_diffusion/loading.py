@@ -94,7 +94,7 @@ def load(
     if loras:
         pipe.set_adapters([f"lora{i}" for i in range(len(loras))], list(loras.values()))
     with plainly(str(model)):
-        pipe = _starting(pipe, start)
+        pipe = starting(pipe, start)
         if cpu_offload == "sequential":
             pipe.enable_sequential_cpu_offload(device=target)
         elif cpu_offload:
@@ -104,8 +104,8 @@ def load(
     return pipe
 
 
-def _starting(pipe: Any, start: str | None) -> Any:
-    """The pipeline that takes a picture, or a picture and a mask, around the same parts."""
+def starting(pipe: Any, start: str | None) -> Any:
+    """The pipeline around the same parts that takes a picture, or a picture and a mask; ValueError if there is none."""
     wanted = {None: (), "image": ("image",), "mask": ("image", "mask_image")}[start]
     takes = inspect.signature(type(pipe).__call__).parameters
     if all(name in takes for name in wanted):

@@ -34,3 +34,27 @@ def k_sampling():
     finally:
         for name in stubs:
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """`rolling-diffusion serve` with the embedded model, without a key and without files."""
+    for name in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "openai", "httpx", "diffusers"):
+        pytest.importorskip(name)
+    from own_serve import Server
+
+    started = Server(tmp_path_factory.mktemp("serve"), "--device", "cpu")
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="session")
+def rolled():
+    """The embedded model in this process."""
+    pytest.importorskip("diffusers")
+    from rolling_diffusion import load, roll
+    from rolling_diffusion.cli.model import EMBEDDED_FOLDER
+
+    pipe = load(EMBEDDED_FOLDER, device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return roll(pipe)

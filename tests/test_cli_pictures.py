@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+from rolling_diffusion.appearing import PAPER, unveiled
 from rolling_diffusion.cli import animation, generate, main
 from rolling_diffusion.cli.files import read_record
 from rolling_diffusion.cli.main import make_parser
@@ -140,12 +141,12 @@ def test_the_animation_shows_a_block_as_far_as_its_noise_lets_it_show():
     checks = np.kron(np.indices((64, 16)).sum(0) % 2, np.ones((4, 4)))[..., None] * np.full(3, 255)
     image = Image.fromarray(checks.astype(np.uint8))
     done, some, much, _ = plan.blocks
-    seen = np.asarray(animation.unveiled(image, plan, {done: 0.0, some: 0.2, much: 0.8})).astype(float)
+    seen = np.asarray(unveiled(image, plan, {done: 0.0, some: 0.2, much: 0.8})).astype(float)
     assert np.array_equal(seen[:32], checks[:32])  # finished: as it is, but for the soft edge of its successor
     contrast = [seen[64 * i + 24 : 64 * i + 40, 16:48].std() for i in range(4)]
     assert contrast[0] > 2 * contrast[1] > 4 * contrast[2] and contrast[2] < 3
     assert abs(seen[144:176].mean() - 127.5) < 3  # blurred, not dimmed
-    assert (seen[192:] == animation.PAPER).all()
+    assert (seen[192:] == PAPER).all()
 
 
 def test_a_block_that_came_and_went_between_two_kept_frames_is_not_left_blank(here, model, monkeypatch):
@@ -155,8 +156,8 @@ def test_a_block_that_came_and_went_between_two_kept_frames_is_not_left_blank(he
     apart = ("--lag", "autoregressive", "--draft", "0", "--animation", "one.gif")
     assert main(["generate", PROMPT, *TINY, *apart, "--model", model, "-o", "one.png"]) == 0
     second, third, last = np.split(np.asarray(kept[1])[16:], 3)  # at tick 6 of 12: two strips done, the third begun
-    assert not (second == animation.PAPER).all(-1).any() and not (third == animation.PAPER).all(-1).all()
-    assert (last == animation.PAPER).all()
+    assert not (second == PAPER).all(-1).any() and not (third == PAPER).all(-1).all()
+    assert (last == PAPER).all()
 
 
 def test_heun_s_plan_counts_its_ticks(here, model):

@@ -18,6 +18,8 @@ ALLOWED = {
     "world": {"numpy", "PIL", "scipy"},
     "evaluation": {"torch", "numpy"},
     "picture": {"numpy", "PIL"},
+    "appearing": {"PIL"},
+    "serve": {"torch", "PIL", "fastapi", "starlette", "pydantic", "prometheus_client"},
     "comfy": {
         *("torch", "numpy", "PIL", "tqdm", "einops", "transformers"),  # ComfyUI brings these itself
         *("diffusers", "huggingface_hub"),  # for a model in diffusers' layout alone

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..appearing import Veil
 from .files import put
-from .settings import CELL
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..core.order import Block
     from ..core.plan import Plan
 
 SUFFIXES = (".gif", ".webp", ".mp4")
-PAPER = (243, 240, 232)
-BLUR = 0.75 * CELL  # pixels, at equal powers of picture and noise: about what is finer than where their spectra meet
 MOST_FRAMES = 30  # of an animation; a longer run is sampled evenly
 
 
@@ -25,44 +22,14 @@ class Film:
     """Collects pictures of a run as it appears."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.levels: dict[Block, float] = {}
+        self.veil = Veil(plan)
         self.frames: list[Image.Image] = []
 
     def add(self, tick: Any, preview: Callable[[Any], Image.Image]) -> None:
         """preview: the model's guess at the picture, from a tick; asked for where the frame is kept."""
-        # In every tick: a block may come and go between two frames that are kept. Blocks finish in their order.
-        self.levels.update(dict.fromkeys(self.plan.blocks[: tick.blocks[0].index], 0.0))
-        self.levels.update(zip(tick.blocks, tick.sigmas))
+        self.veil.tell(tick)
         if tick.number % max(1, -(-tick.total // MOST_FRAMES)) == 0:
-            self.frames.append(unveiled(preview(tick), self.plan, self.levels))
-
-
-def unveiled(image: Image.Image, plan: Plan, levels: Mapping[Block, float]) -> Image.Image:
-    """The picture as far as its noise lets it show: finished blocks sharp, others blurred by their noise (0 to 1).
-
-    Blocks without a level are left as bare paper.
-
-    The model's guess shows detail that noise still hides and later steps may change. A picture's spectrum falls as 1/f²
-    and that of noise is flat: they meet at a wavelength in proportion to σ / (1 - σ), and what is finer is blurred.
-    """
-    from PIL import Image, ImageDraw, ImageFilter
-
-    def area(blocks: Iterable[Block]) -> Image.Image:
-        mask = Image.new("L", image.size)
-        for block in blocks:
-            top, left = block.top * CELL, block.left * CELL
-            edges = (left, top, left + block.width * CELL - 1, top + block.height * CELL - 1)
-            ImageDraw.Draw(mask).rectangle(edges, fill=255)
-        return mask
-
-    seen = image
-    for level in sorted({*levels.values()}, reverse=True):
-        radius = min(BLUR * level / max(1 - level, 0.01), min(image.size) / 4)
-        soft = area(block for block in levels if levels[block] <= level).filter(ImageFilter.GaussianBlur(CELL))
-        seen = Image.composite(image.filter(ImageFilter.GaussianBlur(radius)), seen, soft)
-    seen.paste(PAPER, mask=area(block for block in plan.blocks if block not in levels))
-    return seen
+            self.frames.append(self.veil.over(preview(tick)))
 
 
 def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0, hold: float = 1.5) -> Path:

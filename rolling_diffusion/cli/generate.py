@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..defaults import CELL, TOKEN
 from .animation import SUFFIXES, Film, check_mp4, save_animation
 from .arguments import LAST_SEED, Parser, decimal, name_in, whole_number
 from .files import check_apart, check_target, free, read_picture, save_json, save_png
 from .model import DTYPES, EMBEDDED, QUANTIZERS, card_of, device_named, load, locate, lora, resolved, warnings_of
 from .replay import changed, record, replayed
-from .settings import CELL, PLAN_DEFAULTS, TOKEN, add_plan_options, check_room, complete, fitted, plan_of
+from .settings import PLAN_DEFAULTS, add_plan_options, check_room, complete, fitted, plan_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,6 +71,18 @@ def add_options(parser: Parser) -> None:
     add("--cfg", type=decimal(0), metavar="SCALE", help="how closely to follow the prompt (default: the model's own)")
     add("--sampler", type=name_in(SAMPLERS), metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: euler)")
     add("--scheduler", type=name_in(SCHEDULERS), metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: simple)")
+    add_model_options(parser)
+    add(
+        "--batch", type=whole_number(1), default=1, metavar="N", help="pictures, with seeds from --seed on (default: 1)"
+    )
+    add("--animation", type=Path, metavar="FILE", help="the picture appearing: .gif, .webp or .mp4")
+    add("--report", type=Path, metavar="FILE.json", help="settings, cost and times, for programs")
+    add_plan_options(parser)
+
+
+def add_model_options(parser: Parser) -> None:
+    """Which model, and where it is to work. All default to None."""
+    add = parser.add_argument
     add("--model", metavar="MODEL", help="a folder, a checkpoint file or a hub id (default: embedded)")
     add("--variant", metavar="NAME", help="of the model's weights, such as fp16")
     add("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
@@ -79,12 +92,6 @@ def add_options(parser: Parser) -> None:
     add("--sequential-offload", dest="cpu_offload", action="store_const", const="sequential", help=layers)
     add("--lora", type=lora, action="append", metavar="NAME[=STRENGTH]", help="a file or a hub id; may be given again")
     add("--quantize", type=name_in(QUANTIZERS), metavar="NAME", help=f"{', '.join(QUANTIZERS)}, on loading")
-    add(
-        "--batch", type=whole_number(1), default=1, metavar="N", help="pictures, with seeds from --seed on (default: 1)"
-    )
-    add("--animation", type=Path, metavar="FILE", help="the picture appearing: .gif, .webp or .mp4")
-    add("--report", type=Path, metavar="FILE.json", help="settings, cost and times, for programs")
-    add_plan_options(parser)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from typing import Any
 
 from ..core.order import ORDERS
 from ..core.plan import Plan
-from ..defaults import EVERYWHERE, Card, plan_for
+from ..defaults import CELL, EVERYWHERE, TOKEN, Card, plan_for
 from .arguments import Parser, decimal, name_in, number_or, seed, whole_number
 
-CELL, TOKEN = 8, 2  # pixels a cell, cells a token: Flux's, and the embedded model's
 PLAN_DEFAULTS: dict[str, Any] = {
     "width": None,
     "height": None,

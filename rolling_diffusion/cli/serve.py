@@ -1,0 +1,115 @@
+"""`rolling-diffusion serve`: pictures over HTTP, with OpenAI's image API, and a page on which they appear."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+from .arguments import Parser, whole_number
+from .generate import add_model_options
+from .model import EMBEDDED, base_name, card_of, device_named, load, locate, quiet
+
+KEY = "ROLLING_DIFFUSION_API_KEY"
+NEEDS = "serve needs packages of its own: run pip install 'autoregressive-rolling-diffusion[serve]'"
+
+
+def add_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (default: 127.0.0.1)")
+    add("--port", type=whole_number(0, 65535), default=8000, metavar="N", help="0 takes a free one (default: 8000)")
+    add("--api-key", metavar="KEY", help=f"that callers bring; better said as {KEY} in the environment")
+    add("--output", type=Path, metavar="FOLDER", help="write pictures here, so that response_format may be url")
+    add("--queue", type=whole_number(1), default=32, metavar="N", help="requests that may stand in line (default: 32)")
+    add("--max-n", type=whole_number(1), metavar="N", help="pictures of one request (default: 10)")
+    add("--max-steps", type=whole_number(1), metavar="N", help="steps of one picture (default: 100)")
+    add("--max-pixels", type=whole_number(256), metavar="N", help="of one picture (default: four times the model's)")
+    add("--max-calls", type=whole_number(1), metavar="N", help="of the model, for one picture (default: 1000)")
+    add_model_options(parser)
+
+
+def run(values: argparse.Namespace) -> int:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn
+    except ImportError:
+        raise ValueError(NEEDS) from None
+    key = values.api_key if values.api_key is not None else os.environ.get(KEY)
+    if key is not None and not key.strip():
+        raise ValueError("the key is empty: name one, or leave --api-key out")
+    if key is None and not is_loopback(values.host):
+        raise ValueError(f"--host {values.host} is open to others: give an --api-key, or leave --host out")
+    if values.output is not None and not values.output.is_dir():
+        raise ValueError(f"--output {values.output}: there is no such folder")
+    folder = locate(values.model or EMBEDDED)
+    card_of(folder)  # refuses a card that is wrong before the model is loaded
+    with listen(values.host, values.port) as listener:
+        quiet()
+        from ..serve import Limits, Studio, make_app
+
+        pipeline = load(
+            folder,
+            device_named(values.device or "auto"),
+            values.dtype or "auto",
+            variant=values.variant,
+            cpu_offload=values.cpu_offload or False,
+            lora=dict(values.lora or ()),
+            quantize=values.quantize,
+        )
+        studio = Studio(pipeline, base_name(values.model or EMBEDDED), values.queue, bool(values.cpu_offload))
+        named = {name: getattr(values, f"max_{name}") for name in ("n", "steps", "pixels", "calls")}
+        limits = replace(Limits.of(studio.card), **{name: most for name, most in named.items() if most is not None})
+        app = make_app(studio, limits=limits, key=key, folder=values.output)
+        host, port = listener.getsockname()[:2]
+        print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        # Its own log of requests would hold their queries. Whoever waits when it is told to stop, waits no longer.
+        config = uvicorn.Config(
+            app, access_log=False, log_config=LOGS, timeout_graceful_shutdown=1, server_header=False, lifespan="on"
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody else can reach it."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; ValueError if the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"--host {host[:60]} cannot be found: {getattr(error, 'strerror', error)}") from None
+    try:
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+    return listener
+
+
+LOGS = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "loggers": {
+        "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
+        "rolling_diffusion.serve": {"handlers": ["stderr"], "level": "INFO", "propagate": False},
+    },
+}

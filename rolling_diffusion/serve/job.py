@@ -1,0 +1,137 @@
+"""A job: a request that was found good, with the plan of each of its pictures."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..core.plan import Plan
+from ..defaults import CELL, TOKEN, Card, plan_for
+from .errors import Refusal, wrong_value
+from .fields import LAST_SEED, QUALITY, Edit, Generation
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SIDE = CELL * TOKEN  # pixels that a side is a multiple of
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for. calls: of the model, for one picture."""
+
+    pixels: int
+    steps: int = 100
+    n: int = 10
+    calls: int = 1000
+
+    @classmethod
+    def of(cls, card: Card) -> Limits:
+        """Four times the area that the model was made for, and twice its steps where those are many."""
+        return cls(4 * card.size**2, max(cls.steps, 2 * card.steps))
+
+
+@dataclass(frozen=True)
+class Job:
+    """fields: as they were said. steps, width, height (pixels), seed of the first picture: what follows from them."""
+
+    fields: Generation
+    card: Card
+    steps: int
+    width: int
+    height: int
+    seed: int
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+
+    @property
+    def start(self) -> str | None:
+        """What the picture starts from, as `pipeline.load` names it."""
+        return None if self.image is None else "image" if self.mask is None else "mask"
+
+    @property
+    def strength(self) -> float | None:
+        """How much is drawn anew; None for the pipeline's own. What is masked is: all of it."""
+        said = self.fields.strength if isinstance(self.fields, Edit) else None
+        return 1.0 if said is None and self.mask is not None else said
+
+    def plan(self, number: int = 0, steps: int | None = None) -> Plan:
+        """Of picture `number`; steps: that a picture to start from leaves. ValueError as `plan_for`."""
+        said = self.fields
+        return plan_for(
+            self.card,
+            self.height // CELL,
+            self.width // CELL,
+            self.steps if steps is None else steps,
+            order=said.order,
+            window=said.window,
+            overlap=said.overlap,
+            persistence=said.attention_persistence,
+            draft=said.draft,
+            lookahead=said.lookahead,
+            lag=said.lag,
+            seed=self.seed + number,
+            multiple=TOKEN,
+        )
+
+
+def make_job(
+    fields: Generation,
+    card: Card,
+    limits: Limits,
+    image: Image.Image | None = None,
+    mask: Image.Image | None = None,
+) -> Job:
+    """A job of what a request says; Refusal, in one sentence, for what cannot be done."""
+    if fields.n > limits.n:
+        raise Refusal(
+            f"Invalid value for 'n': it must be at most {limits.n}.", param="n", code="integer_above_max_value"
+        )
+    if fields.partial_images and not fields.stream:
+        raise wrong_value("partial_images", "partial pictures are streamed, so set stream to true")
+    if fields.output_compression is not None and fields.output_format == "png":
+        raise wrong_value("output_compression", "a png is never lossy, so take jpeg or webp")
+    if mask is not None and image is not None and mask.size != image.size:
+        raise wrong_value("mask", "it must be as large as the picture")
+    steps = fields.steps or max(1, round(card.steps * QUALITY[fields.quality]))
+    if steps > limits.steps:
+        raise wrong_value("steps", f"this server takes at most {limits.steps} steps")
+    width, height = _size(fields, card, limits, image)
+    seed = secrets.randbelow(2**32 - limits.n) if fields.seed is None else fields.seed
+    if seed + fields.n - 1 > LAST_SEED:
+        raise wrong_value("seed", f"it leaves no seeds for {fields.n} pictures")
+    job = Job(fields, card, steps, width, height, seed, image, mask)
+    try:
+        calls = job.plan().ticks
+    except ValueError as error:
+        raise refused_plan(error) from None
+    if calls > limits.calls:
+        raise Refusal(
+            f"The plan takes {calls:,} calls of the model, and this server takes at most {limits.calls:,}: take a "
+            "larger window, or fewer steps.",
+            param="window",
+            code="invalid_value",
+        )
+    return job
+
+
+def refused_plan(error: ValueError) -> Refusal:
+    """What does not fit together, with the parameter that the sentence begins with, if it does."""
+    sentence = str(error)
+    first = sentence.split(" ", 1)[0]
+    return Refusal(f"{sentence}.", param=first if first in Edit.model_fields else None, code="invalid_value")
+
+
+def _size(fields: Generation, card: Card, limits: Limits, image: Image.Image | None) -> tuple[int, int]:
+    if fields.sides is not None:
+        width, height = fields.sides
+    elif image is None:
+        width = height = card.size
+    else:
+        width, height = (max(SIDE, round(side / SIDE) * SIDE) for side in image.size)
+    if not width or not height or width % SIDE or height % SIDE:
+        raise wrong_value("size", f"both sides must be multiples of {SIDE}")
+    if width * height > limits.pixels:
+        raise wrong_value("size", f"{width}x{height} has more than the {limits.pixels:,} pixels that this server draws")
+    return width, height
