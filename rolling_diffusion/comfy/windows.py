@@ -93,7 +93,7 @@ class WindowDenoiser(Canvas):
         self.seen.clear()
         if self.used is False:
             name = type(self.guider.inner_model.diffusion_model).__name__
-            log.info("Rolling: %s attends to text and picture at once: attention_persistence changes nothing.", name)
+            log.info("Rolling: attention_persistence changes nothing here: %s lets no other weigh its attention.", name)
 
     # --- a window ----------------------------------------------------------------------------------------------------
 

@@ -129,7 +129,7 @@ def test_persistence_without_effect_is_said(host, sd, monkeypatch, caplog):
         assert "changes nothing" not in caplog.text
         monkeypatch.setattr(host.module("sampler"), "per_block_noise", lambda *_: (False, "one noise level a call"))
         outs = [host.ours(host.tiny.flux(), host.tiny.latent(16, 8), persistence=p, **run) for p in (0.5, 1.0)]
-    assert torch.equal(*outs) and caplog.text.count("attention_persistence changes nothing") == 1
+    assert torch.equal(*outs) and caplog.text.count("attention_persistence changes nothing here: Flux") == 1
 
 
 class Hint:
