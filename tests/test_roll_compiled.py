@@ -15,12 +15,12 @@ ROLL = {"window": 8, "overlap": 4, "draft": 1, "num_inference_steps": 6, "attent
 
 @pytest.fixture(autouse=True)
 def fresh():
-    limit = torch._dynamo.config.recompile_limit
+    limit = torch._dynamo.config.cache_size_limit
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.config.cache_size_limit = limit
 
 
 def compilations():

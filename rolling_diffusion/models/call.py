@@ -254,7 +254,7 @@ def run(
         for module in compiled
     )
     if call.compiled:  # for the kinds of calls: with and without levels, memory, weights of memory, keeping
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 32)
+        dynamo.cache_size_limit = max(dynamo.cache_size_limit, 32)  # newer releases of torch: recompile_limit, too
     with swapped(family.swaps(model, call)):
         answer = transformer(**chosen, **more, timestep=levels.timesteps, return_dict=False)
     if sink is not None and call.compiled:
