@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import secrets
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +60,7 @@ class Worker:
     """One model, in a process of its own."""
 
     def load(self, common: dict[str, Any], said: dict[str, Any], out: str, threads: int) -> str | None:
-        """Loads the model; returns None, or why it cannot be loaded here. said: by a line, any, as all are of a kind."""
+        """Loads the model; returns None, or why it cannot be loaded here. said: by any line, as all are of a kind."""
         import torch
 
         torch.set_num_threads(threads)
@@ -104,6 +106,15 @@ def ray() -> Any:
     return ray
 
 
+def check_reach(address: str) -> None:
+    """ValueError unless something answers there: Ray itself would ask for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError):
+        raise ValueError(f"--ray-address {address}: no cluster answers there: take HOST:PORT, or auto") from None
+
+
 class Cluster:
     """Ray, started here for as long as this lasts, or joined; and the workers on it."""
 
@@ -117,10 +128,12 @@ class Cluster:
         if local:
             # Else Ray's servers would listen to every network that the machine is on. Read when Ray is imported.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+            # Other users of this machine could reach it still: they would need this word, which no file holds.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         elif address.startswith("ray://"):
-            raise ValueError(
-                f"--ray-address {address} is of Ray's client: run batch on a machine of the cluster instead"
-            )
+            raise ValueError(f"--ray-address {address} is of Ray's client: run batch on a machine of the cluster")
+        elif address != "auto":
+            check_reach(address)
         self.ray = ray()
         quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
         try:
@@ -143,7 +156,7 @@ class Cluster:
                     object_store_memory=STORE,
                     **quiet,
                 )
-        except (ConnectionError, RuntimeError, TimeoutError) as error:
+        except (ConnectionError, RuntimeError, TimeoutError, self.ray.exceptions.RayError) as error:
             self.close()
             why = " ".join(str(error).split())[:200]
             raise ValueError(f"Ray cannot be started: {why}" if local else f"cannot join {address}: {why}") from None
