@@ -62,10 +62,13 @@ def run(values: argparse.Namespace) -> int:
     for number, error in list(wrong.items())[:MOST_SHOWN]:
         tell(number, error)
     found, failed, code = len(wanted) - len(todo), {}, 0
+    # Made before anything is drawn or written: what is wrong with it is refused.
+    how = (address, values.workers, values.gpus_per_worker, values.cpus_per_worker, values.device)
+    cluster = Cluster(*how) if todo else None
     try:
-        if todo:
-            with Cluster(address, values.workers, values.gpus_per_worker, values.cpus_per_worker, values.device) as ray:
-                draw_all(ray, todo, common, out, there, failed, found)
+        if cluster is not None:
+            with cluster:
+                draw_all(cluster, todo, common, out, there, failed, found)
     except Stopped as error:
         code = 1
         fail(str(error))
