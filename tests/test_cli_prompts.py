@@ -84,7 +84,7 @@ def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, name, content, wor
 
 
 def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="cannot read .*: No such file"):
+    with pytest.raises(ValueError, match=r"cannot read .*: No such file"):
         list(read_lines(tmp_path / "no.txt", PARSER, OF_LINE))
 
 

@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -159,12 +158,18 @@ def identity_of(name: str) -> str:
 
 def revision_of(name: str) -> str:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    for file in ("model_index.json", "README.md", "config.json"):  # the last two: of what is no pipeline, as a LoRA
-        with suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError):
+    for file in ("model_index.json", "README.md"):  # the second: of what is no pipeline, such as a LoRA
+        try:
             return f"{name}@{Path(hf_hub_download(name, file)).parent.name}"
-    raise ValueError(f"the hub tells no revision of {name}: name a folder, or look whether it can be reached")
+        except LocalEntryNotFoundError:  # no network, and not here
+            break
+        except EntryNotFoundError:
+            continue
+        except OSError:  # no such repository, or no access to it
+            break
+    raise ValueError(f"the hub tells no revision of {name}: name a folder, or see whether it can be reached")
 
 
 @cache
