@@ -60,23 +60,23 @@ def run(values: argparse.Namespace) -> int:
     todo = [task for task in tasks if wanted[task.name] is task and task.name not in there]
     for number, error in list(wrong.items())[:MOST_SHOWN]:
         tell(number, error)
-    found, failed, code = len(wanted) - len(todo), {}, 0
+    before, failed, code = len(wanted) - len(todo), {}, 0
     # Made before anything is drawn or written: what is wrong with it is refused.
     how = (address, values.workers, values.gpus_per_worker, values.cpus_per_worker, values.device)
     cluster = Cluster(*how) if todo else None
     try:
         if cluster is not None:
             with cluster:
-                draw_all(cluster, todo, common, out, there, failed, found)
+                draw_all(cluster, todo, common, out, there, failed, before)
     except Stopped as error:
         code = 1
         fail(str(error))
     finally:
         sweep(out)
-        print(write(manifest, rows(tasks, wrong, failed, there)))
+        print(write(manifest, rows(tasks, wrong, failed, there, common.get("seed", 0))))
         drawn = sum(task.name in there for task in todo)
         lost = len(wrong) + sum(task.name in failed for task in tasks)
-        print(f"{drawn} drawn, {found} there before, {lost} lines with errors", file=sys.stderr)
+        print(f"{drawn} drawn, {before} there before, {lost} lines with errors", file=sys.stderr)
     return 1 if wrong or failed else code
 
 
@@ -208,14 +208,14 @@ def draw_all(
     out: Path,
     there: dict[str, dict[str, Any]],
     failed: dict[str, str],
-    found: int,
+    before: int,
 ) -> None:
     """Draws them, shows how far it is, and enters each into `there`, or into `failed`, by its name."""
     from tqdm import tqdm
 
     # In a file or a log, where a bar cannot be drawn over, a line twice a minute.
-    often = {"mininterval": 0.1 if sys.stderr.isatty() else 30}
-    with tqdm(total=found + len(todo), initial=found, unit="picture", dynamic_ncols=True, **often) as bar:
+    pause = 0.1 if sys.stderr.isatty() else 30.0
+    with tqdm(total=before + len(todo), initial=before, unit="picture", dynamic_ncols=True, mininterval=pause) as bar:
 
         def say(text: str) -> None:
             bar.write(text, file=sys.stderr)
@@ -233,13 +233,17 @@ def draw_all(
 
 
 def rows(
-    tasks: Sequence[Task], wrong: Mapping[int, str], failed: Mapping[str, str], there: Mapping[str, dict[str, Any]]
+    tasks: Sequence[Task],
+    wrong: Mapping[int, str],
+    failed: Mapping[str, str],
+    there: Mapping[str, dict[str, Any]],
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """A row for each line, in order, and then for each other picture in the folder."""
     nothing = {"prompt": None, "file": None, "seed": None, "seconds": None, "error": None}
     found = {number: {"line": number, **nothing, "error": error} for number, error in wrong.items()}
     for task in tasks:
-        row = {"line": task.number, **nothing, "prompt": task.said["prompt"], "seed": task.said.get("seed")}
+        row = {"line": task.number, **nothing, "prompt": task.said["prompt"], "seed": task.said.get("seed", seed)}
         if task.name in there:
             row |= {"file": task.name, **there[task.name]}
         else:
