@@ -129,7 +129,8 @@ class Cluster:
             # Else Ray's servers would listen to every network that the machine is on. Read when Ray is imported.
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
             # Other users of this machine could reach it still: they would need this word, which no file holds.
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once in a process
         elif address.startswith("ray://"):
             raise ValueError(f"--ray-address {address} is of Ray's client: run batch on a machine of the cluster")
         elif address != "auto":
