@@ -206,7 +206,7 @@ def paper(found: dict[str, Any]) -> str:
         lines += [
             "",
             f"Two workers against one, one thread each: {ways['two against one']:.2f} times as many pictures a second",
-            f"(pairs: {', '.join(map(str, ways['all ratios']))}; {ways['cores']} cores, with a load of {ways['load']}).",
+            f"(pairs: {', '.join(map(str, ways['all ratios']))}; {ways['cores']} cores under a load of {ways['load']}).",
         ]
     if killed:
         lines += ["", "| " + " | ".join(killed) + " |", "|" + " --- |" * len(killed)]
@@ -250,7 +250,7 @@ def run() -> None:
         print(paper(found))
         return
     torch.set_num_threads(1)
-    os.environ["RAY_worker_niceness"] = "0"  # Ray's own 15 would measure whatever else the machine does
+    os.environ |= {"RAY_worker_niceness": "0"}  # Ray's own 15 would measure whatever else the machine does
     for part in (kills,) if values.kills else (picture, driver, workers):
         found[part.__name__] = part()
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
