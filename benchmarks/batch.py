@@ -206,7 +206,7 @@ def paper(found: dict[str, Any]) -> str:
         lines += [
             "",
             f"Two workers against one, one thread each: {ways['two against one']:.2f} times as many pictures a second",
-            f"(pairs: {', '.join(map(str, ways['all ratios']))}; {ways['cores']} cores under a load of {ways['load']}).",
+            f"(pairs: {', '.join(map(str, ways['all ratios']))}; {ways['cores']} cores a load of {ways['load']}).",
         ]
     if killed:
         lines += ["", "| " + " | ".join(killed) + " |", "|" + " --- |" * len(killed)]
