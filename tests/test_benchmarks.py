@@ -1,5 +1,6 @@
 """The benchmark of FLUX.1-dev's full structure: its predictions, and its code on a small model."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,13 @@ DOC = Path(__file__).parent.parent / "docs" / "flux.md"
 
 def test_the_documented_predictions_are_those_that_the_command_prints():
     assert flux.predictions() in DOC.read_text(encoding="utf-8")
+
+
+def test_the_documented_tables_of_scaling_are_those_that_the_command_prints():
+    pytest.importorskip("ray")
+    from benchmarks import batch
+
+    assert batch.paper(json.loads(batch.RESULTS.read_text())) in DOC.with_name("scaling.md").read_text(encoding="utf-8")
 
 
 def test_arithmetic_of_a_full_pass_is_flux_s():

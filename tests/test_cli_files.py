@@ -219,12 +219,13 @@ def test_one_file_for_two_things_is_refused(tmp_path):
 def test_what_a_killed_run_left_half_written_is_removed_by_the_next_one(tmp_path):
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
-    (tmp_path / f".p.png.{killed.pid}.part").touch()
-    mine, others = tmp_path / f".q.png.{os.getppid()}.part", tmp_path / ".p.part"
-    mine.touch()
-    others.touch()
+    (tmp_path / f".p.png.{files.HOST}.{killed.pid}.part").touch()
+    mine, others = tmp_path / f".q.png.{files.HOST}.{os.getppid()}.part", tmp_path / ".p.part"
+    elsewhere = tmp_path / f".p.png.0123abcd.{killed.pid}.part"  # another machine's, which may be at it
+    for file in (mine, others, elsewhere):
+        file.touch()
     files.check_target(tmp_path / "new.png")
-    assert sorted(tmp_path.iterdir()) == sorted([mine, others])
+    assert sorted(tmp_path.iterdir()) == sorted([mine, others, elsewhere])
 
 
 def test_a_record_is_read_from_a_picture_of_any_size(tmp_path, monkeypatch):

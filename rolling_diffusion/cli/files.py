@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import psutil
 from PIL import Image, PngImagePlugin
 
 KEY = "rolling-diffusion"  # the PNG text chunk that holds the settings, as JSON
 PLACES = (tempfile.gettempdir, Path.home, Path.cwd)  # where a file is kept that cannot be written where it was to be
-PART = re.compile(r"\..+\.(\d+)\.part")  # of a file that is being written, with the process that writes it
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+# A file that is being written names the machine and the process that write it: others may write to the folder, too.
+HOST = f"{crc32(platform.node().encode()):08x}"
+PART = re.compile(rf"\..+\.{HOST}\.(\d+)\.part")
 
 
 class Unwritten(Exception):
@@ -39,7 +44,7 @@ def check_target(path: Path, suffixes: Sequence[str] = ()) -> None:
             raise ValueError(f"cannot write {path}: it is no regular file")
         if target.exists() and not os.access(target, os.W_OK):
             raise ValueError(f"cannot write {path}: the file is read-only")
-        _sweep(target.parent)
+        _sweep_once(target.parent)
         _part(target).touch()
         _part(target).unlink()
     except OSError as error:
@@ -119,17 +124,19 @@ def _through(path: Path) -> Path:
 
 
 def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.part")
 
 
-@cache
-def _sweep(folder: Path) -> None:
-    """Removes what processes that were killed while writing have left in a folder; once in a run."""
+def sweep(folder: Path) -> None:
+    """Removes what processes of this machine that were killed while writing have left in a folder."""
     with suppress(OSError):  # a folder may be written to, but not listed
         for name in os.listdir(folder):
             found = PART.fullmatch(name)
             if found and not psutil.pid_exists(int(found[1])):
                 (folder / name).unlink()
+
+
+_sweep_once = cache(sweep)  # a run does not wait for itself
 
 
 def _reason(error: OSError) -> str:
@@ -138,6 +145,10 @@ def _reason(error: OSError) -> str:
 
 def save_json(path: Path, content: Any) -> Path:
     return put(path, lambda part: part.write_bytes(_json(content, indent=2) + b"\n"))
+
+
+def save_json_lines(path: Path, rows: Iterable[Any]) -> Path:
+    return put(path, lambda part: part.write_bytes(b"".join(_json(row) + b"\n" for row in rows)))
 
 
 def save_png(path: Path, image: Image.Image, record: dict[str, Any] | None = None, fresh: bool = False) -> Path:
@@ -170,6 +181,16 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{path} holds no settings of rolling-diffusion: only pictures made by generate do")
     return record
+
+
+def is_whole_png(path: Path) -> bool:
+    """True for a PNG that has its end, too."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
 
 
 def read_picture(path: Path, option: str, mode: str) -> Image.Image:

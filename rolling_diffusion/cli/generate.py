@@ -62,6 +62,17 @@ def add_options(parser: Parser) -> None:
         metavar="FILE.png",
         help="say again what was said for a picture made by generate",
     )
+    add_drawing_options(parser)
+    add(
+        "--batch", type=whole_number(1), default=1, metavar="N", help="pictures, with seeds from --seed on (default: 1)"
+    )
+    add("--animation", type=Path, metavar="FILE", help="the picture appearing: .gif, .webp or .mp4")
+    add("--report", type=Path, metavar="FILE.json", help="settings, cost and times, for programs")
+
+
+def add_drawing_options(parser: Parser) -> None:
+    """An option for each of SETTINGS, but for the prompt. All default to None."""
+    add = parser.add_argument
     add("--negative-prompt", metavar="TEXT", help="what to keep away from")
     add("--image", type=Path, metavar="FILE", help="a picture to start from")
     add("--mask", type=Path, metavar="FILE", help="of that picture: white is drawn anew, black stays")
@@ -72,11 +83,6 @@ def add_options(parser: Parser) -> None:
     add("--sampler", type=name_in(SAMPLERS), metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: euler)")
     add("--scheduler", type=name_in(SCHEDULERS), metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: simple)")
     add_model_options(parser)
-    add(
-        "--batch", type=whole_number(1), default=1, metavar="N", help="pictures, with seeds from --seed on (default: 1)"
-    )
-    add("--animation", type=Path, metavar="FILE", help="the picture appearing: .gif, .webp or .mp4")
-    add("--report", type=Path, metavar="FILE.json", help="settings, cost and times, for programs")
     add_plan_options(parser)
 
 
@@ -110,18 +116,8 @@ class Job:
 
 def run(values: argparse.Namespace) -> int:
     job = prepare(values)
-    settings = job.settings
     started = time.perf_counter()
-    pipeline = load(
-        job.folder,
-        settings["device"],
-        settings["dtype"],
-        variant=settings["variant"],
-        cpu_offload=settings["cpu_offload"] or False,
-        lora=dict(settings["lora"] or ()),
-        quantize=settings["quantize"],
-        start=None if job.image is None else "image" if job.mask is None else "mask",
-    )
+    pipeline = load_for(job)
     loaded = time.perf_counter() - started
     if pipeline.card != job.card:  # a model without a card of ours has defaults of its own
         job = prepare(values, pipeline.card)
@@ -148,6 +144,21 @@ def run(values: argparse.Namespace) -> int:
     return 0
 
 
+def load_for(job: Job) -> Rolling:
+    """The model that the job needs."""
+    settings = job.settings
+    return load(
+        job.folder,
+        settings["device"],
+        settings["dtype"],
+        variant=settings["variant"],
+        cpu_offload=settings["cpu_offload"] or False,
+        lora=dict(settings["lora"] or ()),
+        quantize=settings["quantize"],
+        start=None if job.image is None else "image" if job.mask is None else "mask",
+    )
+
+
 def notes(values: argparse.Namespace, job: Job, settings: dict[str, Any]) -> Iterator[str]:
     """What is not as it was, or not as it was given."""
     if job.image is not None and job.image.size != (settings["width"], settings["height"]):
@@ -158,10 +169,10 @@ def notes(values: argparse.Namespace, job: Job, settings: dict[str, Any]) -> Ite
             yield f"{values.again} was made with {name} {old}, and is now made with {new}, as the default has changed"
 
 
-def prepare(values: argparse.Namespace, card: Card | None = None) -> Job:
+def prepare(values: argparse.Namespace, card: Card | None = None, outputs: list[Path] | None = None) -> Job:
     """Refuses everything that can be: before the model is loaded, and most of it before diffusers is.
 
-    card: the model's, once it is loaded; before, what its folder tells.
+    card: the model's, once it is loaded; before, what its folder tells. outputs: where the caller names the files.
     """
     again = replayed(values.again, values, SETTINGS) if values.again else {}
     said = {name: value for name, value in vars(values).items() if name in SETTINGS and value is not None} | again
@@ -173,7 +184,7 @@ def prepare(values: argparse.Namespace, card: Card | None = None) -> Job:
             raise ValueError("the prompt holds bytes that are no text in this terminal's encoding: write it in UTF-8")
     if first + values.batch - 1 > LAST_SEED:
         raise ValueError(f"--seed {first} leaves no seeds for --batch {values.batch}: the last one is {LAST_SEED}")
-    outputs = targets(values, prompt, first)
+    outputs = targets(values, prompt, first) if outputs is None else outputs
     image, mask = pictures_of(said)
     if image is not None:  # a side that is not said is its own, or the nearest that there is
         again = {"width": nearest_side(image.width), "height": nearest_side(image.height), **again}

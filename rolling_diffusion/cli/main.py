@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from .. import __version__
-from . import evaluate, generate, plan, serve, train
+from . import batch, evaluate, generate, plan, serve, train
 from .arguments import Parser, fail, nearest
 from .files import Unwritten
 
 COMMANDS = {
     "generate": (generate, "draw a picture from a prompt"),
+    "batch": (batch, "draw a picture for each line of a file, on every core or GPU"),
     "plan": (plan, "show what a plan costs and how it looks"),
     "serve": (serve, "draw for others: OpenAI's image API, and a page"),
     "evaluate": (evaluate, "score how well a model follows prompts"),

@@ -1,0 +1,110 @@
+"""Files of prompts: each line says what one picture is to be, in a text, a table or an object."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from .arguments import Parser, nearest
+from .model import found
+
+SUFFIXES = (".jsonl", ".csv", ".txt")
+PICTURES = ("image", "mask")
+
+
+def read_lines(path: Path, parser: Parser, names: Collection[str]) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """The number of each line, from 1, with what it says of the settings `names`, or what is wrong with it.
+
+    A .txt has a prompt a line; a .csv names its columns in the first; a .jsonl has an object a line. What is empty or
+    null is not said. ValueError, if the file as a whole cannot be used.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    entries = {".jsonl": _objects, ".csv": _table, ".txt": _texts}[suffix]
+    try:
+        # What is no UTF-8 is kept, so that the line it stands in can be named, and the others drawn.
+        with open(
+            path, encoding="utf-8-sig", errors="surrogateescape", newline="" if suffix == ".csv" else None
+        ) as file:
+            for number, entry in entries(file, path):
+                if isinstance(entry, dict):
+                    entry = {name.replace("-", "_"): value for name, value in entry.items() if value not in (None, "")}
+                    try:
+                        entry = {
+                            name: _checked(name, value, parser, names, path.parent) for name, value in entry.items()
+                        }
+                        if "prompt" not in entry:
+                            raise ValueError("it has no prompt")
+                    except ValueError as error:
+                        yield number, error
+                        continue
+                yield number, entry
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _texts(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, {"prompt": line.strip()}
+
+
+def _objects(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            yield number, ValueError("it is not valid JSON")
+            continue
+        wrong = ValueError('it must be an object, such as {"prompt": "a red ball"}')
+        yield number, entry if isinstance(entry, dict) else wrong
+
+
+def _table(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    reader = csv.reader(file)
+    columns = None
+    while True:
+        number = reader.line_num + 1  # a row may take several lines: it is named by its first
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            if columns is None:
+                raise ValueError(f"{path} is not a table: {error}") from None
+            yield number, ValueError(f"it is no row of a table: {error}")
+            continue
+        if row is None:
+            break
+        if columns is None:
+            columns = [name.strip() for name in row]
+            if "prompt" not in columns:
+                raise ValueError(f"{path} must name its columns in the first line, and one of them prompt")
+        elif len(row) > len(columns):
+            yield number, ValueError(f"it has {len(row)} cells, and there are {len(columns)} columns")
+        elif any(cell.strip() for cell in row):
+            yield number, dict(zip(columns, row))
+
+
+def _checked(name: str, value: Any, parser: Parser, names: Collection[str], folder: Path) -> Any:
+    """A value, held to what the option of that name allows; ValueError if it cannot be said in a line."""
+    actions = {action.dest: action for action in parser._actions}
+    if name not in names and name not in ("prompt", *actions):
+        raise ValueError(f"it knows no {name!r}{nearest(name, names)}: choose from {', '.join(names)}")
+    if name not in names:
+        raise ValueError(f"{name} is for all pictures: say it as --{name.replace('_', '-')}, and not in a line")
+    if isinstance(value, (list, dict, bool)) or (name not in actions and not isinstance(value, str)):
+        raise ValueError(f"its {name} is {json.dumps(value)[:60]}, and must be a text or a number")
+    kind = actions[name].type if name in actions else None
+    try:
+        if name in PICTURES:
+            place = found(str(value), folder)
+            return str((place or Path(str(value))).resolve())
+        return kind(str(value)) if callable(kind) else str(value)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"its {name} {error}") from None

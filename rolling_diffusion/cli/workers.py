@@ -1,0 +1,260 @@
+"""Workers: Ray actors that hold one model each, and draw and write one picture after the other.
+
+A worker that dies is replaced, and its picture given to the next: a picture is there once, whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import secrets
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import Unwritten, check_target, save_png
+from .generate import SETTINGS, draw, load_for, prepare
+from .model import resolved, warnings_of
+from .replay import record
+
+TRIES = 3  # workers that one picture, or one place to work at, may lose
+PATIENCE = 60  # seconds without any worker, after which is said what is waited for
+STORE = 80 * 2**20  # bytes that Ray keeps for what tasks pass on: here a few words
+
+
+class Stopped(Exception):
+    """Why no worker can go on."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A picture to draw: the number of its line, what the line says, and the name of its file."""
+
+    number: int
+    said: dict[str, Any]
+    name: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """A picture that was drawn, in so many seconds, or the error in its place; with what the model did not read."""
+
+    task: Task
+    seconds: float | None = None
+    error: str | None = None
+    warnings: Sequence[str] = ()
+
+
+def namespace(common: dict[str, Any], said: dict[str, Any]) -> argparse.Namespace:
+    """What `generate` would be told for a line: what is said for all pictures, and by the line."""
+    none = dict.fromkeys((*SETTINGS, "again", "animation", "report", "output"))
+    return argparse.Namespace(**{**none, "batch": 1, **common, **said})
+
+
+class Worker:
+    """One model, in a process of its own."""
+
+    def load(self, common: dict[str, Any], said: dict[str, Any], out: str, threads: int) -> str | None:
+        """Loads the model; returns None, or why it cannot be loaded here. said: by any line, as all are of a kind."""
+        import torch
+
+        torch.set_num_threads(threads)
+        self.common, self.out = common, Path(out)
+        try:
+            check_target(self.out / "picture.png", (".png",))
+            job = prepare(namespace(common, said), outputs=[])
+            self.pipeline = load_for(job)
+        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+            return f"{error} (on {platform.node()})"
+        return None
+
+    def draw(self, said: dict[str, Any], name: str) -> dict[str, Any]:
+        """Draws and writes a picture. What is wrong with the line, or too large, is its error; whatever else goes wrong
+        is the worker's: it is raised, and ends it."""
+        import torch
+
+        values, file = namespace(self.common, said), self.out / name
+        try:
+            job = prepare(values, self.pipeline.card, outputs=[file])
+            settings = job.settings | resolved(self.pipeline, job.settings)
+            warnings = warnings_of(self.pipeline, settings["prompt"], settings["negative_prompt"])
+            started = time.perf_counter()
+            image = draw(self.pipeline, settings, job)
+            seconds = round(time.perf_counter() - started, 3)
+        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+            return {"error": " ".join(str(error).split()) or type(error).__name__}
+        try:
+            save_png(file, image, record(job.said, settings) | {"seconds": seconds})
+        except Unwritten as error:
+            return {"unwritten": f"{error} (on {platform.node()})"}
+        return {"seconds": seconds, "warnings": [warning.partition(". It knows:")[0] for warning in warnings]}
+
+
+def ray() -> Any:
+    """The library; ValueError where it is not installed."""
+    try:
+        import ray
+    except ImportError:
+        raise ValueError(
+            "batch needs Ray: pip install 'autoregressive-rolling-diffusion[batch]', or pip install ray"
+        ) from None
+    return ray
+
+
+def check_reach(address: str) -> None:
+    """ValueError unless something answers there: Ray itself would ask for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError, OverflowError):
+        raise ValueError(f"--ray-address {address}: no cluster answers there: take HOST:PORT, or auto") from None
+
+
+class Cluster:
+    """Ray, started here for as long as this lasts, or joined; and the workers on it."""
+
+    def __init__(self, address: str | None, workers: int | None, gpus: float | None, cpus: int | None, device: str):
+        """workers: None for one on each GPU, and one where there is none. gpus, cpus: of a worker; None for one GPU,
+        where there are any, and for this machine's threads, shared out. ValueError, where it cannot be so."""
+        import torch
+
+        local = address is None
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        if local:
+            # Else Ray's servers would listen to every network that the machine is on. Read when Ray is imported.
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+            # Other users of this machine could reach it still: they would need this word, which no file holds.
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once in a process
+        elif address.startswith("ray://"):
+            raise ValueError(f"--ray-address {address} is of Ray's client: run batch on a machine of the cluster")
+        elif address != "auto":
+            check_reach(address)
+        self.ray = ray()
+        quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+        try:
+            if not local:
+                self.ray.init(address=address, **quiet)
+                there = self.ray.cluster_resources().get("GPU", 0)
+            else:
+                there = torch.cuda.device_count()
+            self.gpus = (min(1, there) if device != "cpu" else 0) if gpus is None else gpus
+            if local and self.gpus > there:
+                raise ValueError(f"--gpus-per-worker is {self.gpus:g}, and this machine has {there:g} GPUs")
+            self.count = workers or max(1, int(there / self.gpus) if self.gpus else 1)
+            self.cpus = cpus or (max(1, torch.get_num_threads() // self.count) if local else 1)
+            if local:
+                self.ray.init(
+                    address="local",
+                    num_cpus=self.count * self.cpus,
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    object_store_memory=STORE,
+                    **quiet,
+                )
+        except (ConnectionError, RuntimeError, TimeoutError, self.ray.exceptions.RayError) as error:
+            self.close()
+            why = " ".join(str(error).split())[:200]
+            raise ValueError(f"Ray cannot be started: {why}" if local else f"cannot join {address}: {why}") from None
+        except ValueError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.ray.shutdown()
+
+    def draw(
+        self, tasks: Sequence[Task], common: dict[str, Any], out: Path, note: Callable[[str], None]
+    ) -> Iterator[Done]:
+        """Has the workers draw all tasks, each as soon as one is free. Unwritten where a picture could not be written;
+        Stopped where no worker is left."""
+        if not tasks:
+            return
+        kind = self.ray.remote(Worker).options(num_cpus=self.cpus, num_gpus=self.gpus)
+        todo, tries = deque(tasks), Counter()
+        idle: list[Any] = []
+        busy: dict[
+            Any, tuple[Any, Task | None]
+        ] = {}  # by what is waited for: a worker, and its task, or None: it loads
+        lost, ready, patience = 0, False, PATIENCE
+        unfit: list[str] = []  # why workers could not load the model
+
+        def hire() -> None:
+            worker = kind.remote()
+            busy[worker.load.remote(common, tasks[0].said, str(out), self.cpus)] = worker, None
+
+        for _ in range(min(self.count, len(tasks))):
+            hire()
+        while todo or any(task for _, task in busy.values()):
+            while idle and todo:
+                worker, task = idle.pop(), todo.popleft()
+                busy[worker.draw.remote(task.said, task.name)] = worker, task
+            if not busy:
+                raise Stopped(unfit[-1])
+            while ready and unfit:
+                note(f"a worker could not start, and the others go on: {unfit.pop()}")
+            found, _ = self.ray.wait(list(busy), timeout=patience)
+            if not found:
+                note(f"no worker has loaded its model for {PATIENCE} seconds; {self.wanted()}")
+                patience = None
+                continue
+            worker, task = busy.pop(found[0])
+            try:
+                answer = self.ray.get(found[0])
+            except self.ray.exceptions.RayError as error:  # the worker is gone, or broken
+                self.ray.kill(worker)
+                if task is None:
+                    lost += 1
+                    if lost < TRIES * self.count:
+                        hire()
+                    else:
+                        unfit.append(f"the model cannot be loaded: {reason(error)}")
+                    continue
+                hire()
+                tries[task.name] += 1
+                if tries[task.name] < TRIES:
+                    todo.appendleft(task)
+                else:
+                    yield Done(task, error=f"{TRIES} workers were lost over it, at last to this: {reason(error)}")
+                continue
+            if task is not None:
+                yield self.judged(task, answer, out)
+            elif answer is not None:
+                self.ray.kill(worker)
+                unfit.append(answer)
+                continue
+            else:
+                lost, ready, patience = 0, True, None
+            idle.append(worker)
+
+    def judged(self, task: Task, answer: dict[str, Any], out: Path) -> Done:
+        """What a worker answers, unless nothing more can be written: then Unwritten, or Stopped."""
+        if "unwritten" in answer:
+            raise Unwritten(answer["unwritten"])
+        if "error" not in answer and not (out / task.name).exists():
+            raise Stopped(f"{task.name} was written, and is not here: {out} must be a folder that all machines share")
+        return Done(task, **answer)
+
+    def wanted(self) -> str:
+        has = self.ray.cluster_resources()
+        return (
+            f"each takes {self.gpus:g} GPUs and {self.cpus} CPUs, and the cluster has {has.get('GPU', 0):g} and "
+            f"{has.get('CPU', 0):g}"
+        )
+
+
+def reason(error: BaseException) -> str:
+    cause = getattr(error, "cause", None)
+    first = str(cause or error).strip().partition("\n")[0]
+    return f"{type(cause).__name__}: {first}" if isinstance(cause, BaseException) else first

@@ -1,0 +1,240 @@
+"""`rolling-diffusion batch` on real Ray clusters of this machine, with the embedded model: kills lose nothing."""
+
+import json
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from rolling_diffusion.cli import batch, main
+from rolling_diffusion.cli.files import read_record
+
+pytest.importorskip("ray")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--width", "64", "--height", "64", "--steps", "6", "--device", "cpu")
+PROMPTS, SEEDS = ("a red ball", "a blue boat"), 6
+PATIENCE = 300  # seconds, on a machine that has much else to do
+# One thread each, the code of this folder, and a word by which every process of these clusters is known.
+WORD = secrets.token_hex(16)
+HERE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+HERE |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": WORD, "BATCH_TEST": WORD}
+HERE |= {"RAY_worker_niceness": "0"}  # Ray's own 15 would have the tests wait for all else that the machine does
+CLUSTER = """
+import ray, sys
+ray.init("local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", object_store_memory=80 * 2**20)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture()
+def start():
+    """Starts the command with such words, and ends it with the test."""
+    runs = []
+
+    def started(*argv: object, **env: str) -> subprocess.Popen:
+        words = [sys.executable, "-m", "rolling_diffusion.cli", "batch", *map(str, argv), *SMALL]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        runs.append(subprocess.Popen(words, cwd=ROOT, env={**os.environ, **HERE, **env}, **streams))
+        return runs[-1]
+
+    yield started
+    for run in runs:
+        run.kill()
+
+
+def ended(run: subprocess.Popen) -> tuple[int, str]:
+    _, errors = run.communicate(timeout=PATIENCE)
+    return run.returncode, errors
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """Those of the clusters of this test whose name begins so."""
+    found = []
+    for process in psutil.process_iter(["name"]):
+        try:
+            if process.info["name"].startswith(name) and process.environ().get("BATCH_TEST") == WORD:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def pictures(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.png"))
+
+
+def waited(until) -> None:
+    end = time.monotonic() + PATIENCE
+    while not until():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def same(one: Path, two: Path) -> bool:
+    """The same pixels, and the same record of them, but for the seconds that a batch adds."""
+    with Image.open(one) as a, Image.open(two) as b:
+        pixels = [np.asarray(image.convert("RGB")) for image in (a, b)]
+    records = [{k: v for k, v in read_record(file).items() if k != "seconds"} for file in (one, two)]
+    return np.array_equal(*pixels) and records[0] == records[1]
+
+
+def manifest(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory) -> dict[tuple[str, int], Path]:
+    """What `generate` draws, by prompt and seed."""
+    folder, threads = tmp_path_factory.mktemp("generate"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for prompt in PROMPTS:
+            argv = ["generate", prompt, *SMALL, "--seed", "0", "--batch", str(SEEDS)]
+            assert main([*argv, "-o", str(folder / f"{prompt}.png")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    return {(prompt, seed): folder / f"{prompt}-{seed + 1}.png" for prompt in PROMPTS for seed in range(SEEDS)}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """The address of a running cluster."""
+    words = [sys.executable, "-c", CLUSTER]
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    run = subprocess.Popen(words, env={**os.environ, **HERE}, **streams)
+    try:
+        yield run.stdout.readline().strip()
+    finally:
+        run.communicate(timeout=PATIENCE)
+
+
+def test_two_workers_draw_what_generate_draws_and_bad_lines_are_named(tmp_path, expected, capsys, start):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "new" / "out"
+    rows = [{"prompt": prompt, "seed": seed} for prompt in PROMPTS for seed in (0, 1)]
+    rows += [{"prompt": "a green dragon", "width": 96, "order": "spiral-out"}, {"prompt": "a ball", "width": 100}]
+    rows += [{"prompt": "a red ball"}]  # as the first line
+    file.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows) + b'nonsense\n{"prompt": "\xff"}\n')
+    home = tmp_path / "home"
+    home.mkdir()
+    run = start(file, "-o", out, "--workers", 2, HOME=str(home))
+    listening = set()
+    waited(lambda: pictures(out) or run.poll() is not None)
+    for process in processes(""):
+        listening |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    code, errors = ended(run)
+    assert code == 1, errors
+    assert listening and {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+    assert list(home.iterdir()) == [] or [p.name for p in home.iterdir()] == [".cache"]
+    assert "line 6: --width is 100 pixels, and must be a multiple of 16" in errors
+    assert "line 8: it is not valid JSON" in errors and "line 9: the prompt holds bytes that are no text" in errors
+    assert "line 5: warning: this model does not know 'dragon'" in errors
+    assert "5/5" in errors and "picture/s" in errors.replace("s/picture", "picture/s")
+    assert "5 drawn, 0 there before, 3 lines with errors" in errors
+
+    table = manifest(out)
+    assert [row["line"] for row in table] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert [row["error"] is None for row in table] == [True] * 5 + [False, True, False, False]
+    assert table[6]["file"] == table[0]["file"] and len(pictures(out)) == 5
+    assert {p.name for p in out.iterdir()} == {row["file"] for row in table if row["file"]} | {"manifest.jsonl"}
+    for row, said in zip(table[:4], rows):
+        assert (row["prompt"], row["seed"]) == (said["prompt"], said["seed"]) and row["seconds"] > 0
+        assert same(out / row["file"], expected[row["prompt"], row["seed"]])
+    with Image.open(out / table[4]["file"]) as image:
+        assert image.size == (96, 64)
+    waited(lambda: not processes("ray::Worker") and not processes("raylet"))
+
+    # Again: what is there is left alone, and the manifest is made of it anew.
+    times = {picture: picture.stat().st_mtime_ns for picture in pictures(out)}
+    (out / "manifest.jsonl").unlink()
+    assert main(["batch", str(file), "-o", str(out), *SMALL]) == 1
+    assert "0 drawn, 5 there before, 3 lines with errors" in capsys.readouterr().err
+    assert manifest(out) == table and times == {picture: picture.stat().st_mtime_ns for picture in pictures(out)}
+
+
+def test_killed_workers_and_a_killed_run_lose_nothing(tmp_path, expected, cluster, start):
+    file, out = tmp_path / "prompts.csv", tmp_path / "out"
+    file.write_text("prompt,seed\n" + "".join(f"{prompt},{seed}\n" for prompt, seed in expected))
+    moment = random.Random(time.time_ns())
+
+    def killed(name: str, after: int) -> None:
+        """Kills one of the workers, some time after so many pictures."""
+        waited(lambda: len(pictures(out)) >= after or run.poll() is not None)
+        time.sleep(moment.uniform(0, 0.3))
+        for process in moment.sample(workers := processes(name), min(1, len(workers))):
+            process.send_signal(signal.SIGKILL)
+
+    join = (file, "-o", out, "--workers", 2, "--ray-address", cluster)
+    run = start(*join)
+    killed("ray::Worker", 1)
+    killed("ray::Worker", 2)
+    waited(lambda: len(pictures(out)) >= 4 or run.poll() is not None)
+    time.sleep(moment.uniform(0, 0.3))
+    run.kill()
+    run.communicate()
+    # One is damaged, as by a disk; the file of another run stays, and is listed.
+    whole = pictures(out)
+    whole[0].write_bytes(whole[0].read_bytes()[:-5])
+    (out / f"{'0' * 32}.png").write_bytes(whole[1].read_bytes())
+    before = {picture: picture.stat().st_mtime_ns for picture in whole[1:]}
+    run = start(*join, "--manifest", "parquet")
+    waited(lambda: len(pictures(out)) > len(whole) + 1 or run.poll() is not None)
+    killed("ray::Worker.draw", len(whole))
+    code, errors = ended(run)
+    assert code == 0, errors
+    table = parquet.read_table(out / "manifest.parquet").to_pylist()
+    other = table.pop()
+    assert (other["line"], other["file"]) == (None, f"{'0' * 32}.png")
+    assert {(row["prompt"], row["seed"]) for row in table} == expected.keys() and len(table) == len(expected)
+    files = {row["file"] for row in table}
+    assert {p.name for p in out.iterdir()} == files | {other["file"], "manifest.parquet"} and len(files) == len(table)
+    assert all(row["error"] is None and row["seconds"] > 0 for row in table)
+    assert all(same(out / row["file"], expected[row["prompt"], row["seed"]]) for row in table)
+    assert all(picture.stat().st_mtime_ns == then for picture, then in before.items())
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (("--ray-address", "127.0.0.1:9"), "--ray-address 127.0.0.1:9: no cluster answers there"),
+        (("--ray-address", "ray://127.0.0.1:9"), "--ray-address ray://127.0.0.1:9 is of Ray's client"),
+        (("--gpus-per-worker", "99"), "--gpus-per-worker is 99, and this machine has"),
+        (("--model", "no/such/folder"), "--model no/such/folder: there is no such folder or file"),
+    ],
+    ids=["nobody", "client", "GPUs", "model"],
+)
+def test_what_cannot_be_done_is_one_sentence(tmp_path, capsys, monkeypatch, argv, words):
+    for name, value in HERE.items():  # which the command sets itself; put back afterwards
+        monkeypatch.setenv(name, value)
+    (tmp_path / "p.txt").write_text("a red ball\n")
+    assert main(["batch", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"rolling-diffusion: {words}") and error.count("\n") == 1
+    assert not any((tmp_path / "out").glob("*"))
+
+
+def test_a_model_of_the_hub_is_known_by_its_revision(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    folder = tmp_path / "models--one--model"
+    (folder / "snapshots" / "abc123").mkdir(parents=True)
+    (folder / "snapshots" / "abc123" / "model_index.json").write_text("{}")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert batch.revision_of("one/model") == "one/model@abc123"
+    with pytest.raises(ValueError, match="the hub tells no revision of another/model"):
+        batch.revision_of("another/model")
