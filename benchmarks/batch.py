@@ -231,7 +231,7 @@ def paper(found: dict[str, Any]) -> str:
         },
     }.items():
         plan = plan_for(CARD, side, side, 20, **way)
-        cost = plan.cost(TEXT, CARD.memory_tokens)
+        cost = plan.cost(TEXT, CARD.reach)
         calls = cost.ticks + cost.waiting_calls + cost.commits
         draft = side * side // plan.multiple**2 if plan.draft else 0
         moving = max(draft, cost.peak_moving_tokens)
