@@ -10,9 +10,9 @@ from tiny_families import draw, flux, make
 
 from rolling_diffusion import roll
 
-# torch 2.5 asks a build for CUDA for its GPU while it traces, even on the CPU.
-OLD = torch.__version__ < "2.6" and torch.version.cuda is not None and not torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(OLD, reason="torch 2.5 for CUDA traces nothing without a GPU")
+# On torch 2.5 dynamo traces neither diffusers' comparison of versions nor a max over unpacked sizes.
+OLD = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 9)
+pytestmark = pytest.mark.skipif(OLD, reason="compiled transformers do not roll on torch 2.5; tried from 2.9 on")
 ROLL = {"window": 8, "overlap": 4, "draft": 1, "num_inference_steps": 6, "attention_persistence": 0.7}
 
 
