@@ -64,7 +64,6 @@ def workers(pairs: int = 3, each: int = 40) -> dict[str, Any]:
         "two against one": round(median(ratios), 2),
         "all ratios": [round(ratio, 2) for ratio in ratios],
         "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[2], 1),
     }
 
 
@@ -206,7 +205,7 @@ def paper(found: dict[str, Any]) -> str:
         lines += [
             "",
             f"Two workers against one, one thread each: {ways['two against one']:.2f} times as many pictures a second",
-            f"(pairs: {', '.join(map(str, ways['all ratios']))}; {ways['cores']} cores a load of {ways['load']}).",
+            f"(pairs: {', '.join(map(str, ways['all ratios']))}; {ways['cores']} cores).",
         ]
     if killed:
         lines += ["", "| " + " | ".join(killed) + " |", "|" + " --- |" * len(killed)]
