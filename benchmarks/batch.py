@@ -231,11 +231,11 @@ def paper(found: dict[str, Any]) -> str:
     }.items():
         plan = plan_for(CARD, side, side, 20, **way)
         cost = plan.cost(TEXT, CARD.reach)
-        calls = cost.ticks + cost.waiting_calls + cost.commits
         draft = side * side // plan.multiple**2 if plan.draft else 0
         moving = max(draft, cost.peak_moving_tokens)
         work = arithmetic(plan, FLUX) / unit
-        lines.append(f"| {name} | {calls:,} | {work:,.0f} | {moving:,} | {max(draft, cost.peak_visible_tokens):,} |")
+        seen = max(draft, cost.peak_visible_tokens)
+        lines.append(f"| {name} | {cost.calls:,} | {work:,.0f} | {moving:,} | {seen:,} |")
     return "\n".join(lines)
 
 

@@ -62,7 +62,7 @@ def predictions() -> str:
             stored = min(CARD.reach, plan.height * plan.width // plan.multiple**2)
             gigabytes = stored * 2 * 57 * 3072 * 2 / 2**30
             lines.append(
-                f"| {width}×{height} | {name} | {cost.ticks + cost.waiting_calls + cost.commits} | "
+                f"| {width}×{height} | {name} | {cost.calls} | "
                 f"{cost.relative:.2f} | {arithmetic(plan, FLUX) / full:.2f} | "
                 f"{cost.peak_visible_tokens:,} | {gigabytes:.1f} GiB |"
             )

@@ -50,7 +50,7 @@ def plan_picture(plan: Plan, sigmas: Sequence[float] | None = None, text_tokens:
     _legend(page, (CANVAS[0], 712), ORDER, "first", "last")
     cost = plan.cost(text_tokens)
     facts = (
-        (f"{cost.ticks:,}", "model calls (ticks)"),
+        (f"{cost.calls:,}", "model calls" + (f", {cost.ticks:,} of them ticks" if cost.calls > cost.ticks else "")),
         (f"{plan.steps}", "steps per block" + (f", {plan.draft} of them draft" if plan.draft else "")),
         (f"{plan.lag}", "lag, in ticks"),
         (f"{cost.peak_moving_tokens:,}", "tokens in motion, at most"),

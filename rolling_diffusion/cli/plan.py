@@ -79,7 +79,7 @@ def _with_lag(plan: Plan, lag: int | None) -> Plan:
 def _row(name: str, plan: Plan, text_tokens: int) -> tuple[str, ...]:
     cost = plan.cost(text_tokens)
     numbers = (
-        cost.ticks + cost.waiting_calls + cost.commits,
+        cost.calls,
         round(cost.tokens_per_tick),
         cost.peak_moving_tokens,
         cost.peak_visible_tokens,

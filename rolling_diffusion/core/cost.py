@@ -48,6 +48,11 @@ class Cost:
     relative: float
     pairs: int
 
+    @property
+    def calls(self) -> int:
+        """Calls of the model, whatever for."""
+        return self.ticks + self.waiting_calls + self.commits
+
 
 class Schedule(Protocol):
     """What is counted of a plan; `Plan` says what its parts mean."""
