@@ -104,7 +104,7 @@ def read(values: argparse.Namespace, common: dict[str, Any], here: bool) -> tupl
     """
     shared = common if here else {name: value for name, value in common.items() if name != "device"}
     model = {name: value for name, value in shared.items() if name in OF_MODEL}
-    prepare(namespace(model, {"prompt": "anything"}), outputs=[])
+    any_line = prepare(namespace(model, {"prompt": "anything"}), outputs=[])
     identity = identity_of(common.get("model", EMBEDDED))
     tasks: list[Task] = []
     wrong: dict[int, str] = {}
@@ -113,7 +113,7 @@ def read(values: argparse.Namespace, common: dict[str, Any], here: bool) -> tupl
         try:
             if isinstance(said, ValueError):
                 raise said
-            job = prepare(namespace(shared, said), outputs=[])
+            job = prepare(namespace(shared, said), (any_line.folder, any_line.card), outputs=[])
             kind = "paints in a mask" if job.mask else "starts from a picture" if job.image else "starts from nothing"
             first = first or (number, kind)
             if kind != first[1]:
@@ -149,11 +149,12 @@ def identity_of(name: str) -> str:
     if path.is_file():
         return digest(path)
     index = path / "model_index.json"
-    parts = [part for part in read_index(index) if not part.startswith("_")] if index.is_file() else ["."]
+    entries = read_index(index) if index.is_file() else None
+    parts = ["."] if entries is None else [part for part in entries if not part.startswith("_")]
     files = [file for part in parts for file in sorted((path / part).rglob("*")) if file.is_file()]
     with ThreadPoolExecutor() as pool:  # hashing leaves Python free: several files at a time
         known = dict(zip((file.relative_to(path).as_posix() for file in files), pool.map(digest, files)))
-    return hashlib.sha256(json.dumps([read_index(index) if index.is_file() else {}, known]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([entries or {}, known]).encode()).hexdigest()
 
 
 def revision_of(name: str) -> str:

@@ -120,7 +120,7 @@ def run(values: argparse.Namespace) -> int:
     pipeline = load_for(job)
     loaded = time.perf_counter() - started
     if pipeline.card != job.card:  # a model without a card of ours has defaults of its own
-        job = prepare(values, pipeline.card)
+        job = prepare(values, (job.folder, pipeline.card))
     settings = job.settings | resolved(pipeline, job.settings)
     for warning in warnings_of(pipeline, settings["prompt"], settings["negative_prompt"]):
         print(f"warning: {warning}", file=sys.stderr)
@@ -169,10 +169,12 @@ def notes(values: argparse.Namespace, job: Job, settings: dict[str, Any]) -> Ite
             yield f"{values.again} was made with {name} {old}, and is now made with {new}, as the default has changed"
 
 
-def prepare(values: argparse.Namespace, card: Card | None = None, outputs: list[Path] | None = None) -> Job:
+def prepare(
+    values: argparse.Namespace, model: tuple[str, Card] | None = None, outputs: list[Path] | None = None
+) -> Job:
     """Refuses everything that can be: before the model is loaded, and most of it before diffusers is.
 
-    card: the model's, once it is loaded; before, what its folder tells. outputs: where the caller names the files.
+    model: its folder and card, where they are known. outputs: where the caller names the files.
     """
     again = replayed(values.again, values, SETTINGS) if values.again else {}
     said = {name: value for name, value in vars(values).items() if name in SETTINGS and value is not None} | again
@@ -188,8 +190,9 @@ def prepare(values: argparse.Namespace, card: Card | None = None, outputs: list[
     image, mask = pictures_of(said)
     if image is not None:  # a side that is not said is its own, or the nearest that there is
         again = {"width": nearest_side(image.width), "height": nearest_side(image.height), **again}
-    folder = locate(name)
-    card = card or card_of(folder)
+    if model is None:
+        model = (folder := locate(name)), card_of(folder)
+    folder, card = model
     settings = complete(values, again, DEFAULTS, card)
     check_room(settings["width"], settings["height"])
     plan = plan_of(settings, card)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,19 @@ def read_lines(path: Path, parser: Parser, names: Collection[str]) -> Iterator[t
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    options = {action.dest: action.type for action in parser._actions}
     entries = {".jsonl": _objects, ".csv": _table, ".txt": _texts}[suffix]
     try:
         # What is no UTF-8 is kept, so that the line it stands in can be named, and the others drawn.
         with open(
             path, encoding="utf-8-sig", errors="surrogateescape", newline="" if suffix == ".csv" else None
         ) as file:
-            for number, entry in entries(file, path):
+            for number, entry in entries(file):
                 if isinstance(entry, dict):
                     entry = {name.replace("-", "_"): value for name, value in entry.items() if value not in (None, "")}
                     try:
                         entry = {
-                            name: _checked(name, value, parser, names, path.parent) for name, value in entry.items()
+                            name: _checked(name, value, options, names, path.parent) for name, value in entry.items()
                         }
                         if "prompt" not in entry:
                             raise ValueError("it has no prompt")
@@ -48,13 +49,13 @@ def read_lines(path: Path, parser: Parser, names: Collection[str]) -> Iterator[t
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _texts(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+def _texts(file: Any) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             yield number, {"prompt": line.strip()}
 
 
-def _objects(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+def _objects(file: Any) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -67,7 +68,7 @@ def _objects(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any] | Valu
         yield number, entry if isinstance(entry, dict) else wrong
 
 
-def _table(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+def _table(file: Any) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     reader = csv.reader(file)
     columns = None
     while True:
@@ -76,7 +77,7 @@ def _table(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueE
             row = next(reader, None)
         except csv.Error as error:
             if columns is None:
-                raise ValueError(f"{path} is not a table: {error}") from None
+                raise ValueError(f"{file.name} is not a table: {error}") from None
             yield number, ValueError(f"it is no row of a table: {error}")
             continue
         if row is None:
@@ -84,23 +85,22 @@ def _table(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueE
         if columns is None:
             columns = [name.strip() for name in row]
             if "prompt" not in columns:
-                raise ValueError(f"{path} must name its columns in the first line, and one of them prompt")
+                raise ValueError(f"{file.name} must name its columns in the first line, and one of them prompt")
         elif len(row) > len(columns):
             yield number, ValueError(f"it has {len(row)} cells, and there are {len(columns)} columns")
         elif any(cell.strip() for cell in row):
             yield number, dict(zip(columns, row))
 
 
-def _checked(name: str, value: Any, parser: Parser, names: Collection[str], folder: Path) -> Any:
+def _checked(name: str, value: Any, options: Mapping[str, Any], names: Collection[str], folder: Path) -> Any:
     """A value, held to what the option of that name allows; ValueError if it cannot be said in a line."""
-    actions = {action.dest: action for action in parser._actions}
-    if name not in names and name not in ("prompt", *actions):
+    if name not in names and name not in ("prompt", *options):
         raise ValueError(f"it knows no {name!r}{nearest(name, names)}: choose from {', '.join(names)}")
     if name not in names:
         raise ValueError(f"{name} is for all pictures: say it as --{name.replace('_', '-')}, and not in a line")
-    if isinstance(value, (list, dict, bool)) or (name not in actions and not isinstance(value, str)):
+    if isinstance(value, (list, dict, bool)) or (name not in options and not isinstance(value, str)):
         raise ValueError(f"its {name} is {json.dumps(value)[:60]}, and must be a text or a number")
-    kind = actions[name].type if name in actions else None
+    kind = options.get(name)
     try:
         if name in PICTURES:
             place = found(str(value), folder)

@@ -52,7 +52,7 @@ class Done:
 
 def namespace(common: dict[str, Any], said: dict[str, Any]) -> argparse.Namespace:
     """What `generate` would be told for a line: what is said for all pictures, and by the line."""
-    none = dict.fromkeys((*SETTINGS, "again", "animation", "report", "output"))
+    none = dict.fromkeys((*SETTINGS, "again"))
     return argparse.Namespace(**{**none, "batch": 1, **common, **said})
 
 
@@ -68,7 +68,7 @@ class Worker:
         try:
             check_target(self.out / "picture.png", (".png",))
             job = prepare(namespace(common, said), outputs=[])
-            self.pipeline = load_for(job)
+            self.folder, self.pipeline = job.folder, load_for(job)
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
             return f"{error} (on {platform.node()})"
         return None
@@ -80,7 +80,7 @@ class Worker:
 
         values, file = namespace(self.common, said), self.out / name
         try:
-            job = prepare(values, self.pipeline.card, outputs=[file])
+            job = prepare(values, (self.folder, self.pipeline.card), outputs=[])
             settings = job.settings | resolved(self.pipeline, job.settings)
             warnings = warnings_of(self.pipeline, settings["prompt"], settings["negative_prompt"])
             started = time.perf_counter()
