@@ -51,8 +51,20 @@ class Refusal(Exception):
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
-def wrong_value(name: str, sentence: str) -> Refusal:
-    return Refusal(f"Invalid value for '{name}': {sentence}.", param=name, code="invalid_value")
+def wrong_value(name: str, sentence: str, code: str = "invalid_value") -> Refusal:
+    return Refusal(f"Invalid value for '{name}': {sentence}.", param=name, code=code)
+
+
+def missing(name: str) -> Refusal:
+    return Refusal(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
+
+
+def unknown(name: str) -> Refusal:
+    return Refusal(f"Unknown parameter: {name!r}.", param=name, code="unknown_parameter")
+
+
+def wrong_picture(name: str, why: str) -> Refusal:
+    return Refusal(f"Invalid picture in '{name}': {why}.", param=name, code="invalid_image_file")
 
 
 def full(most: int) -> Refusal:
@@ -78,13 +90,13 @@ def of_pydantic(errors: list[Any]) -> Refusal:
     if kind == "json_invalid" or name is None:
         return Refusal("The body is no JSON object: check its brackets and quotes, and the content type.")
     if kind == "missing":
-        return Refusal(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
+        return missing(name)
     if kind == "extra_forbidden":
-        return Refusal(f"Unknown parameter: {name!r}.", param=name, code="unknown_parameter")
+        return unknown(name)
     if kind in BOUNDS:
         code, bound = BOUNDS[kind]
-        sentence = f"Invalid value for '{name}': it must be {bound.format(**error['ctx'])}."
-        return Refusal(sentence, param=name, code=code if isinstance(error["input"], (int, str)) else "invalid_value")
+        sentence = f"it must be {bound.format(**error['ctx'])}"
+        return wrong_value(name, sentence, code if isinstance(error["input"], (int, str)) else "invalid_value")
     if kind == "literal_error":
         return wrong_value(name, f"it must be {error['ctx']['expected'].replace(chr(39), '')}")
     if kind == "value_error":

@@ -11,13 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..defaults import Card
-from .errors import Refusal, of_pydantic
+from .errors import Refusal, missing, of_pydantic, unknown, wrong_picture
 from .fields import Edit
 from .job import Job, Limits, make_job
 from .pictures import clear_parts, opened, scaled
 
 MOST_FILES, MOST_FIELDS, FIELD_BYTES = 3, 60, 200_000
-IMAGE, MASK = ("image", "image[]"), ("mask",)
+PICTURES = ("image", "mask")
 
 
 async def read_form(request: Request, most: int) -> tuple[Edit, dict[str, bytes]]:
@@ -47,20 +47,20 @@ async def read_form(request: Request, most: int) -> tuple[Edit, dict[str, bytes]
     said: dict[str, str] = {}
     files: dict[str, bytes] = {}
     for name, value in form.multi_items():
-        home = "image" if name in IMAGE else name
+        home = "image" if name == "image[]" else name
         if (home in said) or (home in files):
             raise Refusal(f"'{home[:60]}' is given twice, and only one is taken.", param=home[:60])
         if isinstance(value, UploadFile):
-            if name not in (*IMAGE, *MASK):
-                raise Refusal(f"Unknown parameter: {name[:60]!r}.", param=name[:60], code="unknown_parameter")
+            if home not in PICTURES:
+                raise unknown(name[:60])
             files[home] = await value.read()
-        elif home in ("image", "mask"):
+        elif home in PICTURES:
             raise Refusal(f"'{home}' must be a file.", param=home, code="invalid_type")
         else:
             said[home] = value
     await form.close()
     if "image" not in files:
-        raise Refusal("Missing required parameter: 'image'.", param="image", code="missing_required_parameter")
+        raise missing("image")
     try:
         return Edit.of_form(said), files
     except ValidationError as error:
@@ -74,11 +74,7 @@ def make_edit(fields: Edit, files: dict[str, bytes], card: Card, limits: Limits)
     if "mask" in files:
         mask = clear_parts(opened(files["mask"], "mask"))
         if mask is None:
-            raise Refusal(
-                "Invalid picture in 'mask': nothing in it is transparent, so nothing is to be drawn.",
-                param="mask",
-                code="invalid_image_file",
-            )
+            raise wrong_picture("mask", "nothing in it is transparent, so nothing is to be drawn")
     job = make_job(fields, card, limits, image, mask)
     size = job.width, job.height
     return replace(job, image=scaled(image.convert("RGB"), size), mask=None if mask is None else scaled(mask, size))

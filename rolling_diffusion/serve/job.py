@@ -85,9 +85,7 @@ def make_job(
 ) -> Job:
     """A job of what a request says; Refusal, in one sentence, for what cannot be done."""
     if fields.n > limits.n:
-        raise Refusal(
-            f"Invalid value for 'n': it must be at most {limits.n}.", param="n", code="integer_above_max_value"
-        )
+        raise wrong_value("n", f"it must be at most {limits.n}", "integer_above_max_value")
     if fields.partial_images and not fields.stream:
         raise wrong_value("partial_images", "partial pictures are streamed, so set stream to true")
     if fields.output_compression is not None and fields.output_format == "png":

@@ -6,7 +6,7 @@ import io
 
 from PIL import Image, ImageOps
 
-from .errors import Refusal
+from .errors import Refusal, wrong_picture
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 PIXELS = 2**24  # of an upload: far below Pillow's own limit
@@ -20,14 +20,14 @@ def opened(content: bytes, name: str, pixels: int = PIXELS) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > pixels:
-                raise _refusal(name, f"it has more than {pixels:,} pixels")
+                raise wrong_picture(name, f"it has more than {pixels:,} pixels")
             return ImageOps.exif_transpose(image).convert("RGBA" if image.has_transparency_data else "RGB")
     except Refusal:
         raise
     except Image.DecompressionBombError:
-        raise _refusal(name, f"it has more than {pixels:,} pixels") from None
+        raise wrong_picture(name, f"it has more than {pixels:,} pixels") from None
     except Exception:  # whatever a damaged file makes of the reader
-        raise _refusal(name, "it is no PNG, JPEG or WebP picture that can be read") from None
+        raise wrong_picture(name, "it is no PNG, JPEG or WebP picture that can be read") from None
 
 
 def clear_parts(image: Image.Image) -> Image.Image | None:
@@ -49,7 +49,3 @@ def encoded(image: Image.Image, kind: str, quality: int | None = None) -> bytes:
     options = {} if kind == "png" else {"quality": 95 if quality is None else quality}
     image.convert("RGB").save(file, format=kind.upper(), **options)
     return file.getvalue()
-
-
-def _refusal(name: str, why: str) -> Refusal:
-    return Refusal(f"Invalid picture in '{name}': {why}.", param=name, code="invalid_image_file")
