@@ -113,7 +113,7 @@ def driver(count: int = 5000) -> dict[str, Any]:
 def kills() -> dict[str, Any]:
     """Kills a worker and then the whole run, at random moments, 10 times; the run after that draws what is left."""
     word = f"{os.getpid()}-{time.time_ns()}"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "BATCH_BENCHMARK": word}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "BATCH_RUN": word}
     moment, lost = random.Random(0), {"worker": 0, "run": 0}
     with TemporaryDirectory() as folder:
         file, out, apart = Path(folder) / "p.csv", Path(folder) / "out", Path(folder) / "generate"
@@ -131,7 +131,7 @@ def kills() -> dict[str, Any]:
             # As many pictures as leave some for the later runs, and a moment more.
             goal = before + moment.randint(0, 2)
             while run.poll() is None and lost["run"] < KILLS:
-                at_work = workers_of(word)
+                at_work = processes("ray::Worker", word)
                 if at_work and len(list(out.glob("*.png"))) >= goal:
                     time.sleep(moment.uniform(0, 0.2))
                     if lost["worker"] <= lost["run"]:
@@ -146,7 +146,7 @@ def kills() -> dict[str, Any]:
             finished = run.wait() >= 0  # below 0: killed
         table = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
         names = {row["file"] for row in table}
-        same = sum(equal(out / row["file"], apart / f"{row['prompt']}-{row['seed'] + 1}.png") for row in table)
+        alike = sum(same(out / row["file"], apart / f"{row['prompt']}-{row['seed'] + 1}.png") for row in table)
         stray = {path.name for path in out.iterdir()} - names - {"manifest.jsonl"}
     return {
         "pictures": len(lines),
@@ -154,25 +154,27 @@ def kills() -> dict[str, Any]:
         "kills of a worker": lost["worker"],
         "kills of the run": lost["run"],
         "there once": len(names) if len(table) == len(lines) else 0,
-        "as generate's": same,
+        "as generate's": alike,
         "half or stray": len(stray),
     }
 
 
-def workers_of(word: str) -> list[psutil.Process]:
+def processes(name: str, word: str) -> list[psutil.Process]:
+    """Those of the runs with this BATCH_RUN in their environment, whose name begins so."""
     found = []
     for process in psutil.process_iter(["name"]):
         try:
-            if process.info["name"].startswith("ray::Worker") and process.environ().get("BATCH_BENCHMARK") == word:
+            if process.info["name"].startswith(name) and process.environ().get("BATCH_RUN") == word:
                 found.append(process)
         except psutil.Error:
             continue
     return found
 
 
-def equal(one: Path, two: Path) -> bool:
+def same(one: Path, two: Path) -> bool:
+    """The same pixels, and the same record of them, but for the seconds that a batch adds."""
     with Image.open(one) as a, Image.open(two) as b:
-        pixels = [np.asarray(image) for image in (a, b)]
+        pixels = [np.asarray(image.convert("RGB")) for image in (a, b)]
     records = [{k: v for k, v in read_record(file).items() if k != "seconds"} for file in (one, two)]
     return np.array_equal(*pixels) and records[0] == records[1]
 

@@ -10,26 +10,24 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
 from PIL import Image
 
+from benchmarks.batch import PROMPTS, SMALL, processes, same
 from rolling_diffusion.cli import batch, main
-from rolling_diffusion.cli.files import read_record
 
 pytest.importorskip("ray")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--width", "64", "--height", "64", "--steps", "6", "--device", "cpu")
-PROMPTS, SEEDS = ("a red ball", "a blue boat"), 6
+SEEDS = 6
 PATIENCE = 300  # seconds, on a machine that has much else to do
 # One thread each, the code of this folder, and a word by which every process of these clusters is known.
 WORD = secrets.token_hex(16)
 HERE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-HERE |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": WORD, "BATCH_TEST": WORD}
+HERE |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": WORD, "BATCH_RUN": WORD}
 HERE |= {"RAY_worker_niceness": "0"}  # Ray's own 15 would have the tests wait for all else that the machine does
 CLUSTER = """
 import ray, sys
@@ -60,18 +58,6 @@ def ended(run: subprocess.Popen) -> tuple[int, str]:
     return run.returncode, errors
 
 
-def processes(name: str) -> list[psutil.Process]:
-    """Those of the clusters of this test whose name begins so."""
-    found = []
-    for process in psutil.process_iter(["name"]):
-        try:
-            if process.info["name"].startswith(name) and process.environ().get("BATCH_TEST") == WORD:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def pictures(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.png"))
 
@@ -81,14 +67,6 @@ def waited(until) -> None:
     while not until():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
-
-
-def same(one: Path, two: Path) -> bool:
-    """The same pixels, and the same record of them, but for the seconds that a batch adds."""
-    with Image.open(one) as a, Image.open(two) as b:
-        pixels = [np.asarray(image.convert("RGB")) for image in (a, b)]
-    records = [{k: v for k, v in read_record(file).items() if k != "seconds"} for file in (one, two)]
-    return np.array_equal(*pixels) and records[0] == records[1]
 
 
 def manifest(folder: Path) -> list[dict]:
@@ -132,7 +110,7 @@ def test_two_workers_draw_what_generate_draws_and_bad_lines_are_named(tmp_path, 
     run = start(file, "-o", out, "--workers", 2, HOME=str(home))
     listening = set()
     waited(lambda: pictures(out) or run.poll() is not None)
-    for process in processes(""):
+    for process in processes("", WORD):
         listening |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     code, errors = ended(run)
     assert code == 1, errors
@@ -154,7 +132,7 @@ def test_two_workers_draw_what_generate_draws_and_bad_lines_are_named(tmp_path, 
         assert same(out / row["file"], expected[row["prompt"], row["seed"]])
     with Image.open(out / table[4]["file"]) as image:
         assert image.size == (96, 64)
-    waited(lambda: not processes("ray::Worker") and not processes("raylet"))
+    waited(lambda: not processes("ray::Worker", WORD) and not processes("raylet", WORD))
 
     # Again: what is there is left alone, and the manifest is made of it anew.
     times = {picture: picture.stat().st_mtime_ns for picture in pictures(out)}
@@ -173,7 +151,7 @@ def test_killed_workers_and_a_killed_run_lose_nothing(tmp_path, expected, cluste
         """Kills one of the workers, some time after so many pictures."""
         waited(lambda: len(pictures(out)) >= after or run.poll() is not None)
         time.sleep(moment.uniform(0, 0.3))
-        for process in moment.sample(workers := processes(name), min(1, len(workers))):
+        for process in moment.sample(workers := processes(name, WORD), min(1, len(workers))):
             process.send_signal(signal.SIGKILL)
 
     join = (file, "-o", out, "--workers", 2, "--ray-address", cluster)

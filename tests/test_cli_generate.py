@@ -31,10 +31,7 @@ def make_folder(folder):
 
 
 def refused(capsys, *argv: str) -> str:
-    try:
-        code = main(["generate", *argv])
-    except SystemExit as stop:
-        code = stop.code
+    code = main(["generate", *argv])
     error = capsys.readouterr().err
     assert code == 2, error
     assert error.count("\n") == 1 and error.startswith("rolling-diffusion"), error

@@ -93,10 +93,7 @@ def test_the_picture_shows_the_plan_and_keeps_its_settings(capsys, tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, argv, words):
-    try:
-        code = main(["plan", *argv])
-    except SystemExit as stop:
-        code = stop.code
+    code = main(["plan", *argv])
     error = capsys.readouterr().err
     assert code == 2
     assert error.count("\n") == 1 and error.startswith("rolling-diffusion")

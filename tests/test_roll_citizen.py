@@ -12,19 +12,9 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from tiny_families import FLUX, draw, flux_parts, make, noisy, normal, picture
+from tiny_families import FLUX, ROLL, TEXT_TO_IMAGE, apart, draw, flux_parts, make, noisy, normal, picture
 
 from rolling_diffusion import roll
-
-ROLL = {"window": 16, "overlap": 8, "draft": 1}
-CPU = torch.device("cpu")
-TEXT_TO_IMAGE = "FluxPipeline", "Flux2Pipeline", "StableDiffusion3Pipeline"
-WITH_CONTROL = *TEXT_TO_IMAGE, "FluxControlNetPipeline"
-
-
-def apart(a, b):
-    return float((a - b).abs().max())
-
 
 # LoRA.
 

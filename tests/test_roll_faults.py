@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from tiny_families import draw, make
+from tiny_families import ROLL, draw, make
 
 from rolling_diffusion import roll
 from rolling_diffusion.models.flux2 import Flux2
 
-ROLL = {"window": 16, "overlap": 8, "draft": 1}
 NOISY = ROLL | {"order": "random", "context_noise": 0.2, "attention_persistence": 0.7}
 
 

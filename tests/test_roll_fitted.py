@@ -13,19 +13,9 @@ from diffusers import (
 )
 from diffusers.hooks import apply_first_block_cache
 from diffusers.models.attention_dispatch import attention_backend
-from tiny_families import draw, make
+from tiny_families import CPU, ROLL, TEXT_TO_IMAGE, WITH_CONTROL, apart, draw, make
 
 from rolling_diffusion import roll
-
-ROLL = {"window": 16, "overlap": 8, "draft": 1}
-CPU = torch.device("cpu")
-TEXT_TO_IMAGE = "FluxPipeline", "Flux2Pipeline", "StableDiffusion3Pipeline"
-WITH_CONTROL = *TEXT_TO_IMAGE, "FluxControlNetPipeline"
-
-
-def apart(a, b):
-    return float((a - b).abs().max())
-
 
 # Offloading: a device to compute on stands in for the GPU; the hooks are those of a GPU.
 

@@ -10,12 +10,11 @@ from diffusers import (
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
-from tiny_families import MAKERS, SIDE, draw, make
+from tiny_families import MAKERS, ROLL, SIDE, draw, make
 from tiny_pipeline import LENGTH, call, pipeline
 
 from rolling_diffusion.pipeline import roll
 
-ROLL = {"window": 16, "overlap": 8, "draft": 1}  # on 32 × 24 cells: 4 strips
 LAG_0 = {"lag": 0, "window": 8, "overlap": 4}
 ALONE = {"one block": {}, "lag 0": LAG_0, "lag 0, tiles": {**LAG_0, "order": "spiral-out"}}
 

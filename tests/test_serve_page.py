@@ -2,35 +2,14 @@
 pictures of it."""
 
 import os
-import shutil
-import time
 
 import pytest
-
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=900,1100",
-)
+from own_browser import chromium, shot, wait
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
-        pytest.skip("chromium and chromedriver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    started = chromium(tmp_path_factory.mktemp("profile"), "900,1100")
     yield started
     started.quit()
 
@@ -43,22 +22,8 @@ def page(browser, server):
     return browser
 
 
-def wait(browser, condition, seconds=60):
-    for _ in range(seconds * 20):
-        answer = browser.execute_script(condition)
-        if answer:
-            return answer
-        time.sleep(0.05)
-    raise TimeoutError(condition)
-
-
 def find(page, name):
     return page.find_element("id", name)
-
-
-def shot(page, name):
-    if os.environ.get("ROLLING_SHOTS"):
-        page.save_screenshot(f"{os.environ['ROLLING_SHOTS']}/{name}.png")
 
 
 def draw(page, prompt, size="64x64", seed="7", order="top-to-bottom"):

@@ -221,10 +221,7 @@ def test_a_key_is_asked_for_and_in_no_log(tmp_path):
 def test_what_the_program_refuses(capsys, monkeypatch, tmp_path, argv, words):
     monkeypatch.delenv("ROLLING_DIFFUSION_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
-    try:
-        code = main(["serve", *argv])
-    except SystemExit as stop:
-        code = stop.code
+    code = main(["serve", *argv])
     error = capsys.readouterr().err
     assert code == 2 and words in error and error.count("\n") == 1
 

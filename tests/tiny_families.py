@@ -12,6 +12,14 @@ from PIL import Image
 from tiny_flux import CONFIG as FLUX
 
 SIDE = 32  # pixels of a canvas; the tiny VAEs make a cell of one pixel, so also cells
+ROLL = {"window": 16, "overlap": 8, "draft": 1}  # on 32 × 24 cells: 4 strips
+CPU = torch.device("cpu")
+TEXT_TO_IMAGE = "FluxPipeline", "Flux2Pipeline", "StableDiffusion3Pipeline"
+WITH_CONTROL = *TEXT_TO_IMAGE, "FluxControlNetPipeline"
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
 
 
 def noisy(model: torch.nn.Module) -> Any:

@@ -2,25 +2,14 @@
 
 import json
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from own_browser import chromium, needs, shot, wait
 
 PACK = Path(__file__).resolve().parents[2]
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1600,1000",
-)
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +17,12 @@ def page(tmp_path_factory):
     """A browser on a running ComfyUI's page, ready to be used."""
     if not os.environ.get("COMFYUI_PATH"):
         pytest.skip("COMFYUI_PATH is not set: make test-comfyui COMFYUI_PATH=/path/to/ComfyUI")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
-        pytest.skip("chromium and chromedriver are not installed")
+    needs()
     sys.path.insert(0, str(Path(__file__).parent))
     from own_server import Server
 
     server = Server(tmp_path_factory.mktemp("page"), os.environ["COMFYUI_PATH"])
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    browser = chromium(tmp_path_factory.mktemp("profile"), "1600,1000")
     browser.set_script_timeout(120)
     browser.server = server
     try:
@@ -47,26 +30,12 @@ def page(tmp_path_factory):
                  "Comfy.Minimap.Visible": False}  # fmt: skip
         server.post("/api/settings", known)
         browser.get(server.url)
-        wait(browser, "return !!(window.app && window.app.graph && window.LiteGraph.registered_node_types.KSampler)")
+        there = "return !!(window.app && window.app.graph && window.LiteGraph.registered_node_types.KSampler)"
+        wait(browser, there, 120)
         yield browser
     finally:
         browser.quit()
         server.stop()
-
-
-def wait(browser, condition, seconds=120):
-    for _ in range(seconds * 4):
-        answer = browser.execute_script(condition)
-        if answer:
-            return answer
-        time.sleep(0.25)
-    raise TimeoutError(condition)
-
-
-def shot(browser, name):
-    folder = os.environ.get("ROLLING_SHOTS")
-    if folder:
-        browser.save_screenshot(f"{folder}/{name}.png")
 
 
 def test_widgets_show_the_defaults(page):
