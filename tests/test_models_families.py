@@ -13,6 +13,7 @@ from rolling_diffusion.core.memory import View
 from rolling_diffusion.models.call import Layer, Levels, dispatch_attention_fn, run
 from rolling_diffusion.models.family import Family
 from rolling_diffusion.models.registry import FAMILIES, family_of
+from rolling_diffusion.pipeline.space import memory_bytes
 
 PIPELINES = {
     "Flux": "FluxPipeline, distilled",
@@ -168,3 +169,11 @@ def test_other_transformers_are_refused_in_a_sentence_that_names_the_known():
     with pytest.raises(ValueError, match=f"Linear takes no noise level.*one of {', '.join(FAMILIES)}") as caught:
         family_of(torch.nn.Linear(2, 2))
     assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_the_predicted_memory_is_what_a_call_keeps(setting: Setting):
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    setting.rolling([0.5], keep=kept)
+    found = sum(tensor.numel() * tensor.element_size() for pair in kept.values() for tensor in pair)
+    assert found == memory_bytes(setting.model, 48, 2, torch.float32)

@@ -17,7 +17,9 @@ def memory_bytes(transformer: Any, tokens: int, batch: int, dtype: torch.dtype) 
     """What so many tokens of memory take: a key and a value per layer; FLUX.1-dev: 0.70 MB a token in bfloat16."""
     config = transformer.config
     width = config.num_attention_heads * config.attention_head_dim
-    return 2 * tokens * (config.num_layers + config.num_single_layers) * width * batch * torch.finfo(dtype).bits // 8
+    # SD 3 has no single blocks; in 3.5 some blocks attend twice.
+    layers = config.num_layers + config.get("num_single_layers", 0) + len(config.get("dual_attention_layers", ()))
+    return 2 * tokens * layers * width * batch * torch.finfo(dtype).bits // 8
 
 
 def place_memory(
