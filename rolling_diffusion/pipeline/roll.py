@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
 
 from ..core.order import whole
 from ..core.plan import Plan
@@ -135,10 +136,9 @@ class Rolling:
         offloaded = bool(getattr(pipe, "_all_hooks", None))
         kept: list[Any] = [memory_device]
 
-        def place(plan: Plan, rows: int) -> torch.device | None:
+        def place(plan: Plan, states: Tensor) -> torch.device | None:
             if memory_device is None:
-                device, dtype = pipe._execution_device, pipe.transformer.dtype
-                kept[0] = place_memory(model, offloaded, plan, cap, rows, dtype, device)
+                kept[0] = place_memory(model, offloaded, plan, cap, len(states), pipe.transformer.dtype, states.device)
             return kept[0]
 
         run = Run(

@@ -71,7 +71,7 @@ class Timesteps:
         if not -len(self) <= k < len(self):
             raise IndexError(f"tick {k} of {len(self)}")
         k %= len(self)
-        return self.steps[min(plan.index(k, g) for g in (plan.moving(k)[0], plan.moving(k)[-1]))]
+        return self.steps[plan.index(k, plan.moving(k)[-1])]  # of all in motion, the last block is the least far
 
 
 class Scheduler:
@@ -176,7 +176,7 @@ class ControlNet:
             sums: list[Any] = [None, None]
             for i, (net, request) in enumerate(self.each()):
                 if i == len(self.memories):
-                    self.memories.append(self.run.memory(len(request["hidden_states"])))
+                    self.memories.append(self.run.memory(request["hidden_states"]))
                 for j, found in enumerate(
                     self.run.call(self.family, net, request, self.memories[i], indices, times, kind)
                 ):
@@ -201,11 +201,11 @@ class Run:
         text_level: str,
         context_noise: float,
         cap: int | None,
-        place_memory: Callable[[Plan, int], torch.device | None],
+        place_memory: Callable[[Plan, Tensor], torch.device | None],
         on_tick: Callable[[Tick], object] | None,
     ):
         """make_plan: of height, width, calls and calls a step. seeds: of the pictures, if generators were given. named:
-        whether the scheduler was asked for by name. place_memory: where a plan's memory is kept for so many rows.
+        whether the scheduler was asked for by name. place_memory: where a plan's memory is kept, of such hidden states.
         """
         self.pipe, self.family, self.make_plan, self.guidance = pipe, family, make_plan, guidance
         self.named, self.text_level, self.context_noise = named, text_level, context_noise
@@ -219,6 +219,7 @@ class Run:
         self.height = self.width = 0
         self.steps: Any = None  # timesteps of the plan's steps
         self.times: list[float] = []  # the same, as numbers
+        self.blocks: list[Block] = []
         self.tokens: list[Tensor] = []  # of each block
         self.draft = 0  # steps in which all blocks are at one level
         self.tick = self.branch = 0  # the tick that runs, and how often the transformer has been asked in it
@@ -244,7 +245,8 @@ class Run:
                 raise RuntimeError("the pipeline asked how long it takes before it said how large the canvas is")
             plan = self._plan = self.make_plan(self.height, self.width, len(self.steps), self.scheduler.stepper.order)
             self.times = [float(t) for t in self.steps]
-            self.tokens = [self.family.tokens(block, self.width) for block in plan.blocks]
+            self.blocks = list(plan.blocks)
+            self.tokens = [self.family.tokens(block, self.width) for block in self.blocks]
             self.arrivals = plan.arrivals()
             self.draft = plan.steps if plan.alone else plan.draft
             if not self.draft:
@@ -271,7 +273,7 @@ class Run:
                 return answer
             return (self.guided(branch, request, answer[0], None),)
         if branch == len(self.memories):
-            self.memories.append(self.memory(len(request["hidden_states"])))
+            self.memories.append(self.memory(request["hidden_states"]))
         memory = self.memories[branch]
         for g in self.finished:
             self.ask(self.blended(request, g), memory, [g], [1000 * self.context_noise], "finished")
@@ -280,12 +282,12 @@ class Run:
             if new:
                 self.ask(request, memory, new, [self.times[plan.draft]] * len(new), "waiting")
             for each in (memory, *(self.control.memories if self.control else ())):
-                each.start(plan.blocks[g])
+                each.start(self.blocks[g])
         moving = plan.moving(self.tick)
         parts = self.ask(request, memory, moving, [self.times[plan.index(self.tick, g)] for g in moving])
         canvas = self.family.blank(parts[0], self.height, self.width)
         for g, part in zip(moving, parts):
-            self.family.paste(canvas, plan.blocks[g], self.place(g, canvas), part)
+            self.family.paste(canvas, self.blocks[g], self.place(g, canvas), part)
         return (self.guided(branch, request, canvas, moving),)
 
     def ask(
@@ -304,7 +306,7 @@ class Run:
             more = self.control.residuals(indices, times, kind)
         answer = self.call(self.family, self.transformer, request, memory, indices, times, kind, **more)[0]
         places = self.layout(tuple(indices), tuple(times), answer.device)[3]
-        return self.family.parts(answer, [self.plan.blocks[g] for g in indices], places)
+        return self.family.parts(answer, [self.blocks[g] for g in indices], places)
 
     def call(
         self,
@@ -318,7 +320,7 @@ class Run:
         **more: Any,
     ) -> tuple:
         """One rolling call of a model."""
-        blocks = [self.plan.blocks[g] for g in indices]
+        blocks = [self.blocks[g] for g in indices]
         device = request["hidden_states"].device
         tokens, index, levels, places = self.layout(tuple(indices), tuple(times), device)
         told = family.level(torch.tensor(levels, dtype=torch.float32, device=device), request)
@@ -334,11 +336,10 @@ class Run:
         size, rows = (self.height, self.width), Levels.of(told, index, self.text_level)
         return rolling_call(family, model, request, tokens, size, rows, view, sink, **more)
 
-    def memory(self, rows: int) -> Memory:
-        """An empty memory, for calls of so many rows."""
+    def memory(self, states: Tensor) -> Memory:
+        """An empty memory, for calls with hidden states like these."""
         plan = self.plan
-        where = self.place_memory(plan, rows)
-        return Memory(replace(plan.rule, cap=self.cap), device=where)
+        return Memory(replace(plan.rule, cap=self.cap), device=self.place_memory(plan, states))
 
     def layout(
         self, indices: tuple[int, ...], times: tuple[float, ...], device: torch.device
@@ -348,18 +349,20 @@ class Run:
         They are grouped by level, in raster order within one: so blocks at one level are, token by token, the
         pipeline's own call on their union.
         """
-        question = indices, times, device
+        levels = list(dict.fromkeys(times))
+        ranks = tuple(map(levels.index, times))  # which are together stays as it is for many ticks, the times do not
+        question = indices, ranks, device
         if self._layout is None or self._layout[0] != question:
-            levels = list(dict.fromkeys(times))
             own = [self.tokens[g] for g in indices]
             counts = [len(t) for t in own]
-            level = torch.tensor([levels.index(t) for t in times]).repeat_interleave(torch.tensor(counts))
+            level = torch.tensor(ranks).repeat_interleave(torch.tensor(counts))
             tokens = torch.cat(own)
             order = (level * (self.height * self.width) + tokens).argsort()
             places = [as_slice(place, device) for place in order.argsort().split(counts)]
             index = level[order].to(device) if len(levels) > 1 else None
-            self._layout = question, (tokens[order].to(device), index, levels, places)
-        return self._layout[1]
+            self._layout = question, tokens[order].to(device), index, places
+        _, tokens, index, places = self._layout
+        return tokens, index, levels, places
 
     def place(self, g: int, latents: Tensor) -> Place:
         """Where block g is among the tokens of the canvas."""
@@ -371,7 +374,7 @@ class Run:
         """The request with a finished block g at the level of noise that memory is given."""
         if not self.context_noise:
             return request
-        block = self.plan.blocks[g]
+        block = self.blocks[g]
         blank = self.family.blank(self.like.expand(len(self.seeds), *self.like.shape[1:]), self.height, self.width)
         part = self.family.cut(blank, block, self.place(g, blank))
         draws = [torch.Generator().manual_seed(block_seed(seed, block)) for seed in self.seeds]
@@ -418,7 +421,7 @@ class Run:
             moving = plan.moving(k)
             new, options = sample.clone(), options | {"return_dict": False}
             for g in moving:
-                block, place = plan.blocks[g], self.place(g, sample)
+                block, place = self.blocks[g], self.place(g, sample)
                 stepper = self.stepper(g, sample)
                 part, guess = family.cut(sample, block, place), family.cut(output, block, place)
                 with self.draws(g, part, options):
@@ -442,8 +445,8 @@ class Run:
         done = [g for g in moving if plan.index(self.tick, g) == plan.steps]
         for g in done:
             self.steppers.pop(g, None)
-        if plan.commits:
-            self.finished = [g for g in done if g < len(plan.blocks) - 1]  # nobody comes after the last
+        if done and plan.commits:
+            self.finished = [g for g in done if g < len(self.blocks) - 1]  # nobody comes after the last
         following = plan.moving(self.tick)
         if following and (self.tick == self.draft or following[-1] not in moving):
             self.starting = following[-1], next(self.arrivals)
@@ -451,7 +454,7 @@ class Run:
     def stepper(self, g: int, sample: Tensor) -> Any:
         """Block g's own scheduler: the draft's, with what it remembers of the canvas cut to the block."""
         if g not in self.steppers:
-            block, place = self.plan.blocks[g], self.place(g, sample)
+            block, place = self.blocks[g], self.place(g, sample)
 
             def part(value: Any) -> Any:
                 if isinstance(value, Tensor) and value.shape == sample.shape:
@@ -468,7 +471,7 @@ class Run:
         if not self.tick or self.tick <= self.draft:
             return levels.scale_noise(sample, timestep, noise)
         plan, family, noised = self.plan, self.family, sample.clone()
-        for g, block in enumerate(plan.blocks):
+        for g, block in enumerate(self.blocks):
             i, place = plan.index(self.tick, g), self.place(g, sample)
             if i < plan.steps:
                 noiser = self.steppers.get(g, stepper) if levels is stepper else levels
@@ -483,7 +486,7 @@ class Run:
         if not self.generated:
             yield
             return
-        block = None if g is None else self.plan.blocks[g]
+        block = None if g is None else self.blocks[g]
         if g not in self._draws:
             seeds = [seed if block is None else block_seed(seed, block) for seed in self.seeds]
             self._draws[g] = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
@@ -508,11 +511,11 @@ class Run:
             self.guess = sample - sigmas[0] * output.to(sample)
         else:
             for g, sigma in zip(moving, sigmas):
-                block, place = plan.blocks[g], self.place(g, sample)
+                block, place = self.blocks[g], self.place(g, sample)
                 x, v = family.cut(sample, block, place), family.cut(output, block, place)
                 family.paste(self.guess, block, place, x - sigma * v.to(x))
         cells = functools.partial(family.cells, height=self.height, width=self.width)
-        blocks = tuple(plan.blocks[g] for g in moving)
+        blocks = tuple(self.blocks[g] for g in moving)
         self.on_tick(Tick(self.tick, plan.ticks, blocks, tuple(sigmas), self.guess.clone(), cells))
 
     def clear(self) -> None:
