@@ -8,6 +8,7 @@ LoRA and compilation go on working around them.
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.memory import View
-
-TEXT_LEVELS = ("max", "mean", "min")
+from ..defaults import check_text_level
 
 Slot = tuple[dict, str, Any]  # a dictionary, a key, and what stands there during a call
 Sink = Callable[[int, Tensor, Tensor], object]  # takes a layer's number, keys and values (B, tokens, heads, dim)
@@ -41,8 +41,7 @@ class Levels:
     @classmethod
     def of(cls, levels: Tensor, index: Tensor | None, text_level: str = "max") -> Levels:
         """levels: (levels,) or (B, levels) timesteps; index: (image tokens,) which of them each token has."""
-        if text_level not in TEXT_LEVELS:
-            raise ValueError(f"text_level is {text_level!r}, and must be one of {', '.join(TEXT_LEVELS)}")
+        check_text_level(text_level)
         if levels.shape[-1] == 1:
             return cls(levels, None)  # text and image share one row: exactly the stock computation
         if index is None:
@@ -206,7 +205,7 @@ class Call:
 
     def attention(self, text: int | None = None) -> Layer:
         """For the next attention of the model, in the order in which they are met; text: its tokens of text."""
-        i, layer = len(self.layers), self.layer(self.text if text is None else text)
+        i, layer = len(self.layers), copy.copy(self.plain) if text is None else self.layer(text)
         if self.view is not None:
             layer.past = self.view.layer(i) if self.compiled else functools.partial(self.view.layer, i)
         if self.sink is not None:
@@ -239,6 +238,9 @@ def run(
             "gradient checkpointing computes blocks once more when the call is over, and they know no levels then: "
             "call disable_gradient_checkpointing()"
         )
+    request = {name: value for name, value in request.items() if name not in ("timestep", "return_dict")}
+    if request.get("joint_attention_kwargs") is not None:  # forwards take entries out of it
+        request["joint_attention_kwargs"] = dict(request["joint_attention_kwargs"])
     refs = family.references(request, *size)
     chosen = family.choose(request, tokens, *size)
     places = tokens.to(chosen["hidden_states"].device), *size

@@ -23,6 +23,7 @@ class Family(ABC):
     family's pipelines hold them: here (B, tokens, channels), in raster order.
     """
 
+    PROCESSORS: ClassVar[tuple[type, ...]]  # of attention, that know memory
     text_first: ClassVar[bool] = True  # in the sequence that attention sees
 
     def __init__(self, model: Any):
@@ -60,9 +61,10 @@ class Family(ABC):
     def cells(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Latents as (B, channels, height, width) cells."""
 
-    @abstractmethod
     def decode(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
         """Latents as pixels (B, 3, 8 · height, 8 · width), from -1 to 1, as the family's pipelines decode them."""
+        x = self.cells(latents, height, width) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        return pipe.vae.decode(x.to(pipe.vae.dtype), return_dict=False)[0]
 
     def most_shift(self, config: Any) -> float | None:
         """The largest shift of noise levels that the model was made for, as its scheduler says; None: any."""
@@ -101,7 +103,8 @@ class Family(ABC):
 
     @abstractmethod
     def choose(self, request: dict[str, Any], tokens: Tensor, height: int, width: int) -> dict[str, Any]:
-        """The request for these tokens of the canvas (raster positions) and all references; without its timestep."""
+        """The request, which comes without its timestep, for these tokens of the canvas (raster positions) and all
+        references."""
 
     def parts(self, answer: Tensor, blocks: Sequence[Block], places: Sequence[Tensor | slice]) -> list[Tensor]:
         """A transformer's answer as parts of latents, one for each block; places: its tokens among those asked for.
@@ -121,4 +124,9 @@ class Family(ABC):
 
     def refusal(self, model: Any) -> str | None:
         """Why this model cannot roll as it stands, in one sentence; None if it can."""
+        for block in self.blocks(model):
+            kind = type(block.attn.processor)
+            if kind not in self.PROCESSORS:
+                names = " or ".join(known.__name__ for known in self.PROCESSORS)
+                return f"the attention processor {kind.__name__} knows no memory: set {names} instead"
         return None

@@ -74,22 +74,15 @@ class Flux(Family):
     def cells(self, latents: Tensor, height: int, width: int) -> Tensor:
         return unpack(latents, height, width)
 
-    def decode(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-        x = unpack(latents, height, width) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        return pipe.vae.decode(x.to(pipe.vae.dtype), return_dict=False)[0]
-
     def choose(self, request: dict[str, Any], tokens: Tensor, height: int, width: int) -> dict[str, Any]:
         x, ids = request["hidden_states"], request["img_ids"]
         ids = ids[0] if ids.ndim == 3 else ids
         tokens = self.with_references(tokens, request, height, width)
-        chosen = {name: value for name, value in request.items() if name not in ("timestep", "return_dict")}
         # bfloat16 holds positions exactly up to 256 only, and the model takes them as float32 anyway.
-        chosen |= {"hidden_states": x[:, tokens], "img_ids": ids.float()[tokens]}
+        chosen = request | {"hidden_states": x[:, tokens], "img_ids": ids.float()[tokens]}
         for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
             if request.get(name) is not None:
                 chosen[name] = [residual[:, tokens] for residual in request[name]]
-        if request.get("joint_attention_kwargs") is not None:  # the forward takes entries out of it
-            chosen["joint_attention_kwargs"] = dict(request["joint_attention_kwargs"])
         return chosen
 
     def blocks(self, model: Any) -> Iterable[Any]:
@@ -105,9 +98,6 @@ class Flux(Family):
         if hasattr(model, "norm_out"):  # a ControlNet has none
             yield vars(model.norm_out), "rolling", call.plain
             yield forward(model.norm_out, modulate_output)
-
-    def refusal(self, model: Any) -> str | None:
-        return unknown_processor(self.blocks(model), self.PROCESSORS)
 
 
 def _chosen_condition(self: Any, condition: Tensor) -> Tensor:
@@ -125,13 +115,3 @@ class Control(Flux):
         yield from super().swaps(model, call)
         yield vars(model.controlnet_x_embedder), "rolling", call.places
         yield forward(model.controlnet_x_embedder, _chosen_condition)
-
-
-def unknown_processor(blocks: Iterable[Any], known: tuple[type, ...]) -> str | None:
-    """A sentence if an attention processor of these blocks is none of the known ones."""
-    for block in blocks:
-        kind = type(block.attn.processor)
-        if kind not in known:
-            names = " or ".join(k.__name__ for k in known)
-            return f"the attention processor {kind.__name__} knows no memory: set {names} instead"
-    return None

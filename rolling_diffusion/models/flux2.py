@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .call import Call, Slot, embed_levels, forward, modulate_output, processor
 from .family import Family
-from .flux import unknown_processor
+from .flux import unpack
 
 
 def _image(self: Any, temb: Tensor) -> Tensor:
@@ -42,8 +42,7 @@ class Flux2(Family):
         return compute_empirical_mu(MOST_TOKENS, 50)  # above one megapixel it is the same for any number of steps
 
     def cells(self, latents: Tensor, height: int, width: int) -> Tensor:
-        x = latents.unflatten(2, (-1, 2, 2)).unflatten(1, (height // 2, width // 2))  # B, rows, columns, C, 2, 2
-        return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return unpack(latents, height, width)
 
     def decode(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
         norm = pipe.vae.bn
@@ -57,9 +56,8 @@ class Flux2(Family):
         if request.get("kv_cache_mode") is not None:
             raise ValueError("a cache of the references' keys cannot be combined with rolling: take Flux2KleinPipeline")
         tokens = self.with_references(tokens, request, height, width)
-        chosen = {name: value for name, value in request.items() if name not in ("timestep", "return_dict")}
         ids = ids[0] if ids.ndim == 3 else ids
-        return chosen | {"hidden_states": x[:, tokens], "img_ids": ids[tokens]}
+        return request | {"hidden_states": x[:, tokens], "img_ids": ids[tokens]}
 
     def blocks(self, model: Any) -> Iterable[Any]:
         return [*model.transformer_blocks, *model.single_transformer_blocks]
@@ -78,6 +76,3 @@ class Flux2(Family):
             yield vars(block), "rolling", call.attention()
             yield forward(block, _block)
             yield processor(block.attn)
-
-    def refusal(self, model: Any) -> str | None:
-        return unknown_processor(self.blocks(model), self.PROCESSORS)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from ..core.order import Block
 from .call import Call, Layer, Slot, embed_levels, forward, modulate_output
 from .family import Family, Place
-from .flux import unknown_processor
 
 
 def attend(attn: Any, layer: Layer, x: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -99,10 +98,6 @@ class SD3(Family):
     def cells(self, latents: Tensor, height: int, width: int) -> Tensor:
         return latents
 
-    def decode(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
-        x = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        return pipe.vae.decode(x.to(pipe.vae.dtype), return_dict=False)[0]
-
     def level(self, timesteps: Tensor, request: dict[str, Any]) -> Tensor:
         return timesteps.to(request["timestep"].dtype)
 
@@ -122,13 +117,10 @@ class SD3(Family):
         x, p = request["hidden_states"], self.patch
         patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # B, C, rows, p, columns, p
         patches = patches.permute(0, 1, 3, 2, 4, 5).flatten(3, 4)[:, :, :, tokens.to(x.device)]  # B, C, p, tokens, p
-        chosen = {name: value for name, value in request.items() if name not in ("timestep", "return_dict")}
-        chosen["hidden_states"] = patches.flatten(3)
+        chosen = request | {"hidden_states": patches.flatten(3)}
         residuals = request.get("block_controlnet_hidden_states")
         if residuals is not None:
             chosen["block_controlnet_hidden_states"] = [residual[:, tokens] for residual in residuals]
-        if request.get("joint_attention_kwargs") is not None:
-            chosen["joint_attention_kwargs"] = dict(request["joint_attention_kwargs"])
         return chosen
 
     def parts(self, answer: Tensor, blocks: Sequence[Block], places: Sequence[Place]) -> list[Tensor]:
@@ -153,6 +145,3 @@ class SD3(Family):
             yield forward(block, joint)
         yield vars(model.norm_out), "rolling", call.plain
         yield forward(model.norm_out, modulate_output)
-
-    def refusal(self, model: Any) -> str | None:
-        return unknown_processor(self.blocks(model), self.PROCESSORS)
