@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .core.order import Block, Walk, span, whole
+from .core.order import Block, Walk, check_given, rest_of, span, whole
 from .core.plan import Plan, check_draft, count_steps, make_plan
 
 DRAFT = 0.5  # share of the steps, unless a model's card says otherwise: docs/results.md has the study that decided it
@@ -124,10 +124,11 @@ def plan_for(
     seed: int = 0,
     multiple: int = 2,
     calls_per_step: int = 1,
+    given: Sequence[Block] = (),
 ) -> Plan:
     """The plan for a height × width canvas (cells): what was said, else what the card says, fitted to the canvas.
 
-    steps, order, persistence, lag, seed, multiple: as for `make_plan`. The others may be None, for the default:
+    steps, order, persistence, lag, seed, multiple, given: as for `make_plan`. The others may be None, for the default:
 
     window: the card's; if it has none, half of the canvas along the order.
     overlap: the card's, at most half of the window; half of the window if the card has no window.
@@ -144,7 +145,8 @@ def plan_for(
     height, width = whole("height", height, 1, "cells"), whole("width", width, 1, "cells")
     multiple = whole("multiple", multiple, 1, "cells")
     if window is None:
-        window = card.window or _half(span(order, height, width), 2 * multiple) or multiple
+        rest = rest_of(check_given(given, height, width, multiple), height, width)
+        window = card.window or _half(span(order, rest.height, rest.width), 2 * multiple) or multiple
     if overlap is None:
         overlap = _half(whole("window", window, unit="cells"), multiple, down=True)
         overlap = overlap if card.window is None else min(card.overlap // multiple * multiple, overlap)
@@ -167,6 +169,7 @@ def plan_for(
         lag=lag,
         multiple=multiple,
         persistence=persistence,
+        given=given,
     )
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from operator import sub
 from typing import Protocol
 
-from .order import Order, whole
+from .order import Block, Order, whole
 from .rule import Kind, Rule
 
 WORK = 2**21  # neighbours looked at in a count, about; a second or two
@@ -24,7 +24,8 @@ class Cost:
 
     ticks                joint calls that move blocks, draft included
     waiting_calls        calls that store waiting blocks (one, if the lookahead covers the canvas)
-    commits              calls that store a finished block (all but the last; none at persistence 0)
+    commits              calls that store a finished block (all but the last; none at persistence 0), and one that
+                         stores what is given
     tokens_per_tick      mean tokens computed in a tick, text included
     peak_moving_tokens   most image tokens in motion after the draft; a draft moves the whole canvas
     peak_visible_tokens  most tokens attended to after the draft: text, in motion, finished and waiting in memory
@@ -66,7 +67,13 @@ class Schedule(Protocol):
     @property
     def multiple(self) -> int: ...
     @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
     def blocks(self) -> Order: ...
+    @property
+    def pieces(self) -> Sequence[Block]: ...
     @property
     def rule(self) -> Rule: ...
     @property
@@ -102,22 +109,29 @@ class _Count:
         self.most = min(MOST, max(FEWEST, WORK // (around * plan.capacity)))
         self.count = -(-(plan.ticks - plan.draft) // (plan.lag or 1))  # turns
         self.near = lru_cache(max(64, WORK // (8 * around)))(lambda g, cells: self.blocks.near(self.blocks[g], cells))
+        stored = rule.stores("finished")
+        self.given = {piece: piece.cells // plan.multiple**2 for piece in (plan.pieces if stored else ())}
 
     def cost(self) -> Cost:
-        plan, canvas = self.plan, self.before(len(self.blocks))
+        plan, drawn = self.plan, self.before(len(self.blocks))
         commits = len(self.blocks) - 1 if plan.commits else 0
+        given = sum(self.given.values())
+        seen = self.capped(self.seen_given(range(len(self.blocks))))  # by all that is drawn, together
         if plan.alone:
-            turns = _Turn(pairs=plan.steps * self.attend(canvas, 0), moving=canvas, visible=self.text + canvas)
+            turns = _Turn(pairs=plan.steps * self.attend(drawn, seen), moving=drawn, visible=self.text + drawn + seen)
         else:
             turns = self.turns(commits)
-            turns.pairs += plan.draft * self.attend(canvas, 0)
-        moved = plan.steps * canvas
-        kept = turns.stored + self.before(commits)
-        evaluations = moved + kept + self.text * (plan.ticks + turns.calls + commits)
+            turns.pairs += plan.draft * self.attend(drawn, seen)
+        turns.pairs += self.attend(given, 0) if given else 0
+        moved = plan.steps * drawn
+        kept = turns.stored + self.before(commits) + given
+        stores = commits + bool(given)
+        evaluations = moved + kept + self.text * (plan.ticks + turns.calls + stores)
+        canvas = plan.height * plan.width // plan.multiple**2
         return Cost(
             ticks=plan.ticks,
             waiting_calls=turns.calls,
-            commits=commits,
+            commits=stores,
             tokens_per_tick=moved / plan.ticks + self.text,
             peak_moving_tokens=turns.moving,
             peak_visible_tokens=turns.visible,
@@ -188,7 +202,17 @@ class _Count:
                 total += self.before(len(self.blocks)) - self.before(waiting) if ahead else self.before(finished)
             elif reach:
                 total += self.tokens(self.around(blocks, reach, waiting if ahead else finished, ahead))
-        return self.capped(total)
+        return self.capped(total + self.seen_given(blocks))
+
+    def seen_given(self, blocks: Sequence[int]) -> int:
+        """Tokens of what is given that memory shows to blocks."""
+        if not self.given:
+            return 0
+        reach = self.rule.within("finished")
+        if reach is None:
+            return sum(self.given.values())
+        own = [self.blocks[g] for g in blocks]
+        return sum(n for piece, n in self.given.items() if any(block.gap(piece) < reach for block in own))
 
     def seen_on_arrival(self, new: Sequence[int], g: int, finished: int) -> int:
         """Tokens that memory shows to waiting blocks that are stored as block g starts: also of those stored before."""
@@ -199,7 +223,7 @@ class _Count:
         ahead = self.rule.within("waiting")
         if ahead is not None:
             total += self.tokens(i for i in self.around(new, ahead, g, True) if self.blocks.earliest(i, ahead) < g)
-        return self.capped(total)
+        return self.capped(total + self.seen_given(new))
 
     def around(self, blocks: Sequence[int], reach: int, bound: int, ahead: bool) -> set[int]:
         """Blocks near any of these, of those from `bound` on, or before it.

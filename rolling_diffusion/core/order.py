@@ -13,8 +13,8 @@ import operator
 import random
 from abc import abstractmethod
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, overload
@@ -118,6 +118,12 @@ class Block:
         down = max(other.rows.start - self.rows.stop, self.rows.start - other.rows.stop)
         across = max(other.columns.start - self.columns.stop, self.columns.start - other.columns.stop)
         return max(down, across, 0)
+
+    def common(self, other: Block) -> int:
+        """Cells that lie in both."""
+        down = min(self.rows.stop, other.rows.stop) - max(self.top, other.top)
+        across = min(self.columns.stop, other.columns.stop) - max(self.left, other.left)
+        return max(down, 0) * max(across, 0)
 
 
 class Order(Sequence[Block]):
@@ -370,6 +376,169 @@ class OwnOrder(Order):
         return list(accumulate((b.cells for b in self.blocks), initial=0))
 
 
+@dataclass(frozen=True)
+class RestOrder(Order):
+    """An order over what is left of a canvas of which parts are given: over the rectangle at (top, left) that holds all
+    the rest, without those of its blocks that are given as a whole."""
+
+    height: int
+    width: int
+    base: Order  # over the rectangle
+    top: int
+    left: int
+    given: tuple[Block, ...]
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.name
+
+    @property
+    def size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.size
+
+    @property
+    def tiled(self) -> bool:
+        return self.base.tiled
+
+    @property
+    def onward(self) -> bool:
+        return self.base.onward
+
+    @cached_property
+    def _kept(self) -> Sequence[int]:
+        """Indices in the base of the blocks that are drawn."""
+        base = self.base
+        inside = Block(0, self.top, self.left, base.height, base.width)
+        if not any(inside.common(block) for block in self.given):
+            return range(len(base))
+        return [i for i in range(len(base)) if not _covers(self.given, self._moved(base[i]))]
+
+    @cached_property
+    def _own(self) -> Mapping[int, int]:
+        return {i: own for own, i in enumerate(self._kept)}
+
+    def _moved(self, block: Block) -> Block:
+        return replace(block, top=block.top + self.top, left=block.left + self.left)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def block(self, index: int) -> Block:
+        return replace(self._moved(self.base.block(self._kept[index])), index=index)
+
+    def at(self, row: int, column: int) -> int:
+        """As of any order; -1 where the canvas is given."""
+        row, column = row - self.top, column - self.left
+        if not (0 <= row < self.base.height and 0 <= column < self.base.width):
+            return -1
+        return self._own.get(self.base.at(row, column), -1)
+
+    def near(self, block: Block, reach: int) -> list[int]:
+        near = self.base.near(self.base[self._kept[block.index]], reach)
+        return near if isinstance(self._kept, range) else [self._own[i] for i in near if i in self._own]
+
+    def earliest(self, index: int, reach: int) -> int:
+        if isinstance(self._kept, range):
+            return self.base.earliest(index, reach)
+        return self.near(self[index], reach)[0]
+
+    def cells_before(self, index: int) -> int:
+        return self.base.cells_before(index) if isinstance(self._kept, range) else self._sums[index]
+
+    @cached_property
+    def _sums(self) -> list[int]:
+        return list(accumulate((block.cells for block in self), initial=0))
+
+    @property
+    def pieces(self) -> Iterator[Block]:
+        """What is given and not drawn, in pieces no thicker than a block, numbered after the blocks that are drawn."""
+        bottom, right = self.top + self.base.height, self.left + self.base.width
+        bands = [
+            Block(0, 0, 0, self.top, self.width),
+            Block(0, bottom, 0, self.height - bottom, self.width),
+            Block(0, self.top, 0, self.base.height, self.left),
+            Block(0, self.top, right, self.base.height, self.width - right),
+        ]
+        parts = [piece for band in bands if band.cells for piece in _split(band, self.size)]
+        parts += [self._moved(self.base[i]) for i in range(len(self.base)) if i not in self._own]
+        return (replace(part, index=len(self) + i) for i, part in enumerate(parts))
+
+
+def rectangles(mask: Sequence[Sequence[bool]], side: int = 1) -> tuple[Block, ...]:
+    """What is true in a mask, whose places are `side` cells wide and high, as disjoint blocks of cells."""
+    found: list[Block] = []
+    open_runs: dict[tuple[int, int], int] = {}  # (first, end) of a run of columns: the row that it began in
+    for row in range(len(mask) + 1):
+        runs: set[tuple[int, int]] = set()
+        start = None
+        for column, given in enumerate([*(mask[row] if row < len(mask) else ()), False]):
+            if given and start is None:
+                start = column
+            elif not given and start is not None:
+                runs.add((start, column))
+                start = None
+        for run in [run for run in open_runs if run not in runs]:
+            top = open_runs.pop(run)
+            sides = top * side, run[0] * side, (row - top) * side, (run[1] - run[0]) * side
+            found.append(Block(len(found), *sides))
+        for run in runs:
+            open_runs.setdefault(run, row)
+    return tuple(found)
+
+
+def check_given(given: Iterable[Any], height: int, width: int, multiple: int = 1) -> tuple[Block, ...]:
+    """The parts of a canvas that are given. ValueError unless they are disjoint, whole tokens, and not all of it."""
+    parts = numbered(given, "given") if given else ()
+    rows = [0] * (height // multiple)  # a bit for each token
+    for part in parts:
+        at = f"given has {_place(part)}"
+        if any(n % multiple for n in (part.top, part.left, part.height, part.width)):
+            raise ValueError(f"{at}, which must lie on multiples of {multiple} cells")
+        if not (0 <= part.top < part.rows.stop <= height and 0 <= part.left < part.columns.stop <= width):
+            raise ValueError(f"{at}, which must lie within the canvas of {height} × {width}")
+        bits = ((1 << part.width // multiple) - 1) << part.left // multiple
+        for row in range(part.top // multiple, part.rows.stop // multiple):
+            if rows[row] & bits:
+                raise ValueError(f"{at}, part of which is given twice")
+            rows[row] |= bits
+    if parts and all(row == (1 << width // multiple) - 1 for row in rows):
+        raise ValueError("all of the canvas is given, and nothing is left to draw")
+    return parts
+
+
+def rest_of(given: Sequence[Block], height: int, width: int) -> Block:
+    """The rectangle that holds all that is not given."""
+    rest = Block(0, 0, 0, height, width)
+    while True:  # parts that lie along a whole edge are taken off
+        whole_edge = next((cut for part in given if (cut := _less(rest, part)) != rest), rest)
+        if whole_edge == rest:
+            return rest
+        rest = whole_edge
+
+
+def _less(rest: Block, part: Block) -> Block:
+    """A rectangle without a part that lies along one of its edges; itself if none does."""
+    top, bottom, left, right = rest.top, rest.rows.stop, rest.left, rest.columns.stop
+    if part.left <= left and part.columns.stop >= right:
+        top = max(top, part.rows.stop) if part.top <= top else top
+        bottom = min(bottom, part.top) if part.rows.stop >= bottom else bottom
+    elif part.top <= top and part.rows.stop >= bottom:
+        left = max(left, part.columns.stop) if part.left <= left else left
+        right = min(right, part.left) if part.columns.stop >= right else right
+    return Block(0, top, left, bottom - top, right - left)
+
+
+def _covers(parts: Iterable[Block], block: Block) -> bool:
+    """Whether disjoint parts cover all of a block."""
+    return sum(block.common(part) for part in parts) == block.cells
+
+
+def _split(band: Block, size: int) -> Iterator[Block]:
+    for top in range(band.top, band.rows.stop, size):
+        for left in range(band.left, band.columns.stop, size):
+            yield Block(0, top, left, min(size, band.rows.stop - top), min(size, band.columns.stop - left))
+
+
 def route_of(order: str | Walk) -> Route:
     """The route of a name, or of a function, which goes over tiles unless it is registered otherwise."""
     if callable(order):
@@ -403,11 +572,12 @@ def make_order(
     return OwnOrder(height, width, numbered(order), multiple)
 
 
-def numbered(blocks: Iterable[Any]) -> tuple[Block, ...]:
+def numbered(blocks: Iterable[Any], what: str = "order") -> tuple[Block, ...]:
     """The blocks of the caller's own order, with their places in it as indices."""
     own = tuple(blocks) if isinstance(blocks, Iterable) else ()
     if not own or not all(isinstance(b, Block) for b in own):
-        raise ValueError(f"order is {blocks!r}, and must be a name, a function from a grid to a path, or Blocks")
+        may = "a name, a function from a grid to a path, or Blocks" if what == "order" else "Blocks"
+        raise ValueError(f"{what} is {blocks!r}, and must be {may}")
     sides = [[whole(f"a side of block {i}", n) for n in (b.top, b.left, b.height, b.width)] for i, b in enumerate(own)]
     return tuple(Block(i, *four) for i, four in enumerate(sides))
 

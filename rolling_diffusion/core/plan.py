@@ -22,7 +22,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from .cost import Cost, count
-from .order import Block, Order, Walk, make_order, numbered, route_of, span, whole
+from .order import Block, Order, RestOrder, Walk, check_given, make_order, numbered, rest_of, route_of, span, whole
 from .rule import Rule
 
 
@@ -31,6 +31,7 @@ class Plan:
     """An immutable table of steps over ticks and blocks. Sizes are in cells; make one with `make_plan`.
 
     order: a name, a function from a grid to a path, or the blocks themselves; `blocks` has them in any case.
+    given: parts of the canvas that are finished from the start, and seen as finished blocks are.
     """
 
     height: int
@@ -45,16 +46,27 @@ class Plan:
     lag: int
     multiple: int
     persistence: float
+    given: tuple[Block, ...] = ()
 
     @property
     def blocks(self) -> Order:
         return self._blocks
 
     @cached_property
+    def pieces(self) -> tuple[Block, ...]:
+        """What is given and lies in no block, in pieces that memory can tell apart, numbered after the blocks.
+
+        A block of which a part is given is drawn, and that part of it is held."""
+        return tuple(self._blocks.pieces) if isinstance(self._blocks, RestOrder) else ()
+
+    @cached_property
     def _blocks(self) -> Order:
-        covered = self.window >= span(self.order, self.height, self.width)
-        size = max(self.height, self.width) if covered else self.window - self.overlap
-        return make_order(self.order, self.height, self.width, size, self.seed, self.multiple)
+        own = isinstance(self.order, tuple)  # blocks that were given lie where they lie
+        rest = rest_of(() if own else self.given, self.height, self.width)
+        covered = self.window >= span(self.order, rest.height, rest.width)
+        size = max(rest.height, rest.width) if covered else self.window - self.overlap
+        order = make_order(self.order, rest.height, rest.width, size, self.seed, self.multiple)
+        return RestOrder(self.height, self.width, order, rest.top, rest.left, self.given) if self.given else order
 
     @property
     def size(self) -> int:
@@ -154,8 +166,10 @@ class Plan:
     def __str__(self) -> str:
         cost = self.cost()
         reach = "the whole canvas" if self.lookahead is None else f"{self.lookahead} cells"
+        known = f", {sum(part.cells for part in self.given) / (self.height * self.width):.0%} of it given"
         rows = {
-            "canvas": f"{self.height} × {self.width} cells, {len(self.blocks)} blocks {self.blocks.name}",
+            "canvas": f"{self.height} × {self.width} cells{known if self.given else ''}, "
+            f"{len(self.blocks)} blocks {self.blocks.name}",
             "window": f"{self.window} cells, advancing by {self.window - self.overlap}, looking ahead {reach}",
             "steps": f"{self.steps}, of them {self.draft} draft; lag {self.lag}, at most {self.capacity} in motion",
             "calls": f"{cost.ticks} ticks + {cost.waiting_calls} for waiting blocks + {cost.commits} commits",
@@ -179,6 +193,7 @@ def make_plan(
     lag: int | str | None = None,
     multiple: int = 2,
     persistence: float = 1.0,
+    given: Sequence[Block] = (),
 ) -> Plan:
     """The plan for a height × width canvas (cells) and `steps` steps, or the sigmas themselves.
 
@@ -187,7 +202,8 @@ def make_plan(
     advances by their difference (over given blocks: by the thickest). draft: steps that all blocks take together first.
     lookahead: cells ahead that waiting blocks are seen; None for the whole canvas, 0 for none. seed: for orders that
     draw. lag: ticks between blocks; None for the formula, "autoregressive" to wait for the predecessor, 0 for ordinary
-    diffusion. persistence: attention weight that finished blocks keep per block of distance.
+    diffusion. persistence: attention weight that finished blocks keep per block of distance. given: disjoint parts of
+    the canvas that are finished from the start; the order goes over the rectangle that holds the rest.
 
     ValueError, in one sentence, for what does not fit together.
     """
@@ -211,20 +227,32 @@ def make_plan(
     elif not callable(order):
         order = numbered(order)
     run = steps - draft
-    given = whole("lag", lag, unit="ticks") if lag is not None and not isinstance(lag, str) else lag
+    lag = whole("lag", lag, unit="ticks") if lag is not None and not isinstance(lag, str) else lag
     plan = Plan(
-        height, width, steps, order, window, overlap, draft, rule.lookahead, seed, run, multiple, rule.persistence
+        height,
+        width,
+        steps,
+        order,
+        window,
+        overlap,
+        draft,
+        rule.lookahead,
+        seed,
+        run,
+        multiple,
+        rule.persistence,
+        check_given(given, height, width, multiple),
     )
     if callable(order):
         plan.blocks[0]  # its path is checked now
-    if given is None:
+    if lag is None:
         advance = plan.size if isinstance(order, tuple) else window - overlap
-        given = _lag(run, min(Fraction(advance, window), Fraction(1)) ** (2 if plan.blocks.tiled else 1))
-    elif given == "autoregressive":
-        given = run
-    if isinstance(given, str) or not 0 <= given <= run:
-        raise ValueError(f'lag is {given!r}, and must be from 0 to {run} (steps - draft), "autoregressive", or None')
-    return replace(plan, lag=given)
+        lag = _lag(run, min(Fraction(advance, window), Fraction(1)) ** (2 if plan.blocks.tiled else 1))
+    elif lag == "autoregressive":
+        lag = run
+    if isinstance(lag, str) or not 0 <= lag <= run:
+        raise ValueError(f'lag is {lag!r}, and must be from 0 to {run} (steps - draft), "autoregressive", or None')
+    return replace(plan, lag=lag)
 
 
 def count_steps(steps: int | Sequence[float]) -> int:

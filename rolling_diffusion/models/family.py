@@ -61,6 +61,17 @@ class Family(ABC):
     def cells(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Latents as (B, channels, height, width) cells."""
 
+    @abstractmethod
+    def latents(self, cells: Tensor) -> Tensor:
+        """The inverse of `cells`."""
+
+    def encode(self, pipe: Any, pixels: Tensor) -> Tensor:
+        """Latents of pixels (B, 3, height, width), from -1 to 1, as the family's pipelines encode a picture."""
+        vae = pipe.vae
+        found = vae.encode(pixels.to(vae.device, vae.dtype))
+        cells = found.latents if hasattr(found, "latents") else found.latent_dist.mode()
+        return self.latents((cells - vae.config.shift_factor) * vae.config.scaling_factor)
+
     def decode(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
         """Latents as pixels (B, 3, 8 · height, 8 · width), from -1 to 1, as the family's pipelines decode them."""
         x = self.cells(latents, height, width) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
@@ -92,6 +103,11 @@ class Family(ABC):
     def references(self, request: dict[str, Any], height: int, width: int) -> int:
         """Image tokens of a request that stand beside the canvas, such as those of a picture to be edited."""
         return request["hidden_states"].shape[1] - height * width // self.patch**2
+
+    def shifted(self, request: dict[str, Any], rows: int, columns: int, tokens: int) -> dict[str, Any]:
+        """The request with the places of the canvas's tokens told from (rows, columns) of it on; the same, where places
+        are not told."""
+        return request
 
     def blend(self, request: dict[str, Any], noise: Tensor, sigma: float) -> dict[str, Any]:
         """A request for clean latents, noised to sigma by noise (B, tokens, channels of the latents)."""

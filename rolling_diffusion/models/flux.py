@@ -74,6 +74,16 @@ class Flux(Family):
     def cells(self, latents: Tensor, height: int, width: int) -> Tensor:
         return unpack(latents, height, width)
 
+    def latents(self, cells: Tensor) -> Tensor:
+        return pack(cells)
+
+    def shifted(self, request: dict[str, Any], rows: int, columns: int, tokens: int) -> dict[str, Any]:
+        ids = request["img_ids"].float()  # bfloat16 holds them up to 256 only
+        offset = ids.new_zeros(ids.shape[-1])
+        offset[1], offset[2] = rows, columns
+        ids = torch.cat([ids[..., :tokens, :] - offset, ids[..., tokens:, :]], -2)
+        return request | {"img_ids": ids}
+
     def choose(self, request: dict[str, Any], tokens: Tensor, height: int, width: int) -> dict[str, Any]:
         x, ids = request["hidden_states"], request["img_ids"]
         ids = ids[0] if ids.ndim == 3 else ids

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .call import Call, Slot, embed_levels, forward, modulate_output, processor
 from .family import Family
-from .flux import unpack
+from .flux import Flux, pack, unpack
 
 
 def _image(self: Any, temb: Tensor) -> Tensor:
@@ -44,10 +44,24 @@ class Flux2(Family):
     def cells(self, latents: Tensor, height: int, width: int) -> Tensor:
         return unpack(latents, height, width)
 
-    def decode(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    def latents(self, cells: Tensor) -> Tensor:
+        return pack(cells)
+
+    shifted = Flux.shifted
+
+    def encode(self, pipe: Any, pixels: Tensor) -> Tensor:
+        found = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode()
+        mean, deviation = self._norm(pipe, found)
+        return (pack(found) - mean) / deviation
+
+    @staticmethod
+    def _norm(pipe: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the channels of a token."""
         norm = pipe.vae.bn
-        mean = norm.running_mean.to(latents)
-        deviation = (norm.running_var + pipe.vae.config.batch_norm_eps).sqrt().to(latents)
+        return norm.running_mean.to(like), (norm.running_var + pipe.vae.config.batch_norm_eps).sqrt().to(like)
+
+    def decode(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        mean, deviation = self._norm(pipe, latents)
         x = self.cells(latents * deviation + mean, height, width)
         return pipe.vae.decode(x.to(pipe.vae.dtype), return_dict=False)[0]
 

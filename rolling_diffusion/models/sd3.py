@@ -98,6 +98,9 @@ class SD3(Family):
     def cells(self, latents: Tensor, height: int, width: int) -> Tensor:
         return latents
 
+    def latents(self, cells: Tensor) -> Tensor:
+        return cells
+
     def level(self, timesteps: Tensor, request: dict[str, Any]) -> Tensor:
         return timesteps.to(request["timestep"].dtype)
 

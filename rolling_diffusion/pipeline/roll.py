@@ -19,6 +19,7 @@ from ..core.plan import Plan
 from ..defaults import Card, check_text_level, plan_for
 from ..models.call import swapped, unwrapped
 from ..models.registry import family_of
+from .given import Source
 from .guidance import decide
 from .run import Run, Scheduler, Tick, Transformer
 from .schedulers import choose, take_levels
@@ -72,6 +73,8 @@ class Rolling:
         memory_tokens: int | None = None,
         memory_device: torch.device | str | None = None,
         on_tick: Callable[[Tick], object] | None = None,
+        given: Any = None,
+        given_mask: Any = None,
         **options: Any,
     ) -> Any:
         """The pipeline's own arguments, with its meanings; what it returns is returned. Beyond them:
@@ -90,12 +93,18 @@ class Rolling:
         memory_tokens: most tokens attended to in memory. memory_device: where they are kept; None for the GPU if they
             fit and nothing is offloaded, else the CPU.
         on_tick: called in each tick with a rolling_diffusion.Tick.
+        given: what of the canvas is finished from the start: a picture as large as the canvas, or latents, as cells
+            (pictures, channels, height, width) or in the pipeline's own form. It comes out as it is, is seen as
+            finished blocks are, and costs one call.
+        given_mask: where: a picture or array of as many pixels, or cells, white or true where it is given; None for
+            where a picture is opaque. What is given of a token is given if all of it is.
 
         What is None comes from the model's card. callback_on_step_end is called once a tick, with the whole canvas;
         what it changes acts. The pipeline itself, its scheduler, hooks and, with a generator, the default random state
         are as they were, however the call ends. ValueError, of one sentence, for what does not fit together.
         """
         said = self._bound(args, options)
+        source = given if isinstance(given, Source) else self._given(given, given_mask)
         pipe, card, family = self.pipe, self.card, self.family
         model = unwrapped(pipe.transformer)
         refused = family.refusal(model) or _refusal(model)
@@ -125,8 +134,9 @@ class Rolling:
                 seed=seeds[0] if seeds else torch.initial_seed(),
                 multiple=family.patch,
                 calls_per_step=each,
+                given=() if source is None else source.blocks(height, width),
             )
-            if not plan.alone:
+            if not plan.alone or plan.given:
                 for sentence in (refused, _share_of_steps(said)):
                     if sentence:
                         raise ValueError(sentence)
@@ -153,6 +163,7 @@ class Rolling:
             cap=cap,
             place_memory=place,
             on_tick=on_tick,
+            given=source,
         )
         stepper, levels = choose(copy.deepcopy(pipe.scheduler), sampler, scheduler_sigmas)
         adopt = None if stepper is levels else lambda source: take_levels(stepper, source, pipe._execution_device)
@@ -210,6 +221,20 @@ class Rolling:
         if steps is not None and (isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1):
             raise ValueError(f"num_inference_steps is {steps}, and must be a whole number of at least 1")
         return said | options
+
+    def _given(self, given: Any, mask: Any) -> Source | None:
+        """What is given, checked as far as it can be before the size of the canvas is known."""
+        if given is None:
+            if mask is not None:
+                raise ValueError("given_mask says where something is given, and nothing is: say what with given")
+            return None
+        own = next((name for name in ("mask_image", "strength") if name in self.parameters), None)
+        if own is not None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} takes {own}, and begins with a picture itself: use given with a pipeline "
+                "that begins with noise"
+            )
+        return Source(self.pipe, self.family, given, mask)
 
     def _complete(self, said: dict[str, Any]) -> None:
         """What the card says and the caller did not. Without a card, the pipeline's own defaults stand."""

@@ -29,6 +29,7 @@ from ..models.call import Levels, unwrapped
 from ..models.call import run as rolling_call
 from ..models.family import Family, Place
 from ..models.registry import control_of
+from .given import Source
 from .guidance import Guidance, project
 
 
@@ -152,7 +153,7 @@ class ControlNet:
         return getattr(self.real, name)
 
     def __call__(self, **request: Any) -> Any:
-        if self.run.tick < self.run.plan.draft or self.run.plan.alone:
+        if self.run.stock:
             return self.real(**request)
         self.request, self.known = request, {}
         return self, self
@@ -203,13 +204,15 @@ class Run:
         cap: int | None,
         place_memory: Callable[[Plan, Tensor], torch.device | None],
         on_tick: Callable[[Tick], object] | None,
+        given: Source | None = None,
     ):
         """make_plan: of height, width, calls and calls a step. seeds: of the pictures, if generators were given. named:
         whether the scheduler was asked for by name. place_memory: where a plan's memory is kept, of such hidden states.
+        given: what of the canvas is finished from the start.
         """
         self.pipe, self.family, self.make_plan, self.guidance = pipe, family, make_plan, guidance
         self.named, self.text_level, self.context_noise = named, text_level, context_noise
-        self.cap, self.place_memory, self.on_tick = cap, place_memory, on_tick
+        self.cap, self.place_memory, self.on_tick, self.given = cap, place_memory, on_tick, given
         self.transformer = pipe.transformer
         net = getattr(pipe, "controlnet", None)
         self.control = None if net is None else ControlNet(self, net)
@@ -219,7 +222,12 @@ class Run:
         self.height = self.width = 0
         self.steps: Any = None  # timesteps of the plan's steps
         self.times: list[float] = []  # the same, as numbers
-        self.blocks: list[Block] = []
+        self.blocks: list[Block] = []  # those of the plan, then the pieces of what is given
+        self.pieces = range(0)
+        self.partly: list[int] = []  # blocks of which a part is given
+        self.known: Any = None  # latents of what is given
+        self.mask: Any = None  # where it is
+        self.first: Any = None  # the latents that the pipeline begins with
         self.tokens: list[Tensor] = []  # of each block
         self.draft = 0  # steps in which all blocks are at one level
         self.tick = self.branch = 0  # the tick that runs, and how often the transformer has been asked in it
@@ -245,7 +253,14 @@ class Run:
                 raise RuntimeError("the pipeline asked how long it takes before it said how large the canvas is")
             plan = self._plan = self.make_plan(self.height, self.width, len(self.steps), self.scheduler.stepper.order)
             self.times = [float(t) for t in self.steps]
-            self.blocks = list(plan.blocks)
+            self.blocks = [*plan.blocks, *plan.pieces]
+            self.pieces = range(len(plan.blocks), len(self.blocks))
+            if plan.given:
+                self.partly = [b.index for b in plan.blocks if any(map(b.common, plan.given))]
+                cells = torch.zeros_like(self.family.cells(self.first[:1], plan.height, plan.width), dtype=torch.bool)
+                for part in plan.given:
+                    cells[..., part.rows, part.columns] = True
+                self.mask = self.family.latents(cells).expand_as(self.first)
             self.tokens = [self.family.tokens(block, self.width) for block in self.blocks]
             self.arrivals = plan.arrivals()
             self.draft = plan.steps if plan.alone else plan.draft
@@ -256,24 +271,40 @@ class Run:
     def prepared(self, latents: Any) -> None:
         """The pipeline has made its first latents: how large is the canvas?"""
         self.height, self.width = self.family.canvas(latents)
+        if self.given is not None:
+            self.first = latents if isinstance(latents, Tensor) else latents[0]
+            self.like = self.first[:1]
+            self.known = self.given.latents(self.height, self.width).to(self.first)
 
     def take(self, steps: Tensor) -> Timesteps:
         """The timesteps that the pipeline is going to take, as ticks."""
         self.steps = steps
         return Timesteps(self, steps)
 
+    @property
+    def stock(self) -> bool:
+        """Are all tokens at one level, and is nothing remembered? Then all is done exactly as it is asked."""
+        return self.tick < self.draft and not self.pieces
+
     # What the transformer is asked.
 
     def answer(self, request: dict[str, Any]) -> Any:
         branch, self.branch = self.branch, self.branch + 1
         plan = self.plan
-        if self.tick < self.draft:  # all blocks at one level: exactly what was asked
+        if self.given is not None and any(self.given.origin):
+            rows, columns = (cells // self.family.patch for cells in self.given.origin)
+            request = self.family.shifted(request, rows, columns, self.height * self.width // self.family.patch**2)
+        if self.stock:
             answer = self.transformer(**request)
             if not self.guidance.projected:
                 return answer
             return (self.guided(branch, request, answer[0], None),)
         if branch == len(self.memories):
             self.memories.append(self.memory(request["hidden_states"]))
+            if self.pieces:
+                clean = self.blended(self.family.blend(request, self.known, 1.0), *self.pieces)
+                levels = [1000 * self.context_noise] * len(self.pieces)
+                self.ask(clean, self.memories[branch], self.pieces, levels, "finished")
         memory = self.memories[branch]
         for g in self.finished:
             self.ask(self.blended(request, g), memory, [g], [1000 * self.context_noise], "finished")
@@ -370,17 +401,17 @@ class Run:
             self._places[g] = as_slice(self.tokens[g], latents.device)
         return self._places[g]
 
-    def blended(self, request: dict[str, Any], g: int) -> dict[str, Any]:
-        """The request with a finished block g at the level of noise that memory is given."""
+    def blended(self, request: dict[str, Any], *finished: int) -> dict[str, Any]:
+        """The request with finished blocks at the level of noise that memory is given."""
         if not self.context_noise:
             return request
-        block = self.blocks[g]
         blank = self.family.blank(self.like.expand(len(self.seeds), *self.like.shape[1:]), self.height, self.width)
-        part = self.family.cut(blank, block, self.place(g, blank))
-        draws = [torch.Generator().manual_seed(block_seed(seed, block)) for seed in self.seeds]
-        shape = (1, *part.shape[1:])
-        noise = torch.cat([torch.randn(shape, generator=draw, dtype=torch.float32) for draw in draws])
-        self.family.paste(blank, block, self.place(g, blank), noise.to(blank))
+        for g in finished:
+            block, place = self.blocks[g], self.place(g, blank)
+            draws = [torch.Generator().manual_seed(block_seed(seed, block)) for seed in self.seeds]
+            shape = (1, *self.family.cut(blank, block, place).shape[1:])
+            noise = torch.cat([torch.randn(shape, generator=draw, dtype=torch.float32) for draw in draws])
+            self.family.paste(blank, block, place, noise.to(blank))
         return self.family.blend(request, blank, self.context_noise)
 
     def guided(self, branch: int, request: dict[str, Any], answer: Tensor, moving: Sequence[int] | None) -> Tensor:
@@ -428,12 +459,32 @@ class Run:
                     (part,) = stepper.step(guess, self.steps[plan.index(k, g)], part, *args, **options)[:1]
                 family.paste(new, block, place, part)
             result = (new,)
+        if self.given is not None:
+            new = self.hold(new)
+            result = (new,)
         if self.on_tick is not None:
             self.show(moving, output, sample)
         self.turn(moving)
         if self.bar is not None:
             type(self.bar).update(self.bar)
-        return result if k < self.draft or options.get("return_dict") is False else SchedulerOutput(prev_sample=new)
+        if k < self.draft and self.given is None:
+            return result
+        return result if options.get("return_dict") is False else SchedulerOutput(prev_sample=new)
+
+    def hold(self, latents: Tensor) -> Tensor:
+        """What is given, as it is; where it lies in a block that is drawn, at that block's next level of noise."""
+        plan, family, held = self.plan, self.family, latents.clone()
+        known = self.known.expand_as(latents)
+        for g in self.pieces:
+            block, place = self.blocks[g], self.place(g, latents)
+            family.paste(held, block, place, family.cut(known, block, place))
+        for g in self.partly:
+            block, place = self.blocks[g], self.place(g, latents)
+            i = plan.index(self.tick + 1, g)
+            sigma = self.times[i] / 1000 if i < plan.steps else 0.0
+            x, z, noise, mask = (family.cut(v, block, place) for v in (held, known, self.first, self.mask))
+            family.paste(held, block, place, torch.where(mask, (1 - sigma) * z + sigma * noise, x))
+        return held
 
     def turn(self, moving: Sequence[int]) -> None:
         """On to the next tick: who is finished, and who starts?"""
@@ -514,6 +565,8 @@ class Run:
                 block, place = self.blocks[g], self.place(g, sample)
                 x, v = family.cut(sample, block, place), family.cut(output, block, place)
                 family.paste(self.guess, block, place, x - sigma * v.to(x))
+        if self.given is not None:
+            self.guess = torch.where(self.mask, self.known, self.guess)
         cells = functools.partial(family.cells, height=self.height, width=self.width)
         blocks = tuple(self.blocks[g] for g in moving)
         self.on_tick(Tick(self.tick, plan.ticks, blocks, tuple(sigmas), self.guess.clone(), cells))
