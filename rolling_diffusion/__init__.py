@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time __getattr__ find
     from .defaults import Card, plan_for
     from .loading import load
     from .picture import plan_picture
-    from .pipeline import Rolling, Tick, roll
+    from .pipeline import Rolling, Strip, Tick, roll
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "Rolling",
     "Rule",
+    "Strip",
     "Tick",
     "__version__",
     "load",
@@ -64,7 +65,7 @@ def __getattr__(name: str) -> object:
         from . import picture as room
     elif name == "load":
         from . import loading as room
-    elif name in ("Rolling", "Tick", "roll"):
+    elif name in ("Rolling", "Strip", "Tick", "roll"):
         from . import pipeline as room
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -488,7 +488,9 @@ def rectangles(mask: Sequence[Sequence[bool]], side: int = 1) -> tuple[Block, ..
 
 def check_given(given: Iterable[Any], height: int, width: int, multiple: int = 1) -> tuple[Block, ...]:
     """The parts of a canvas that are given. ValueError unless they are disjoint, whole tokens, and not all of it."""
-    parts = numbered(given, "given") if given else ()
+    if not given:
+        return ()
+    parts = numbered(given, "given")
     rows = [0] * (height // multiple)  # a bit for each token
     for part in parts:
         at = f"given has {_place(part)}"
@@ -501,7 +503,7 @@ def check_given(given: Iterable[Any], height: int, width: int, multiple: int = 1
             if rows[row] & bits:
                 raise ValueError(f"{at}, part of which is given twice")
             rows[row] |= bits
-    if parts and all(row == (1 << width // multiple) - 1 for row in rows):
+    if all(row == (1 << width // multiple) - 1 for row in rows):
         raise ValueError("all of the canvas is given, and nothing is left to draw")
     return parts
 

@@ -3,5 +3,6 @@
 from .roll import Rolling, roll
 from .run import Tick
 from .schedulers import SAMPLERS, SPACINGS
+from .stream import Strip
 
-__all__ = ["SAMPLERS", "SPACINGS", "Rolling", "Tick", "roll"]
+__all__ = ["SAMPLERS", "SPACINGS", "Rolling", "Strip", "Tick", "roll"]

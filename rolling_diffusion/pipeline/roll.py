@@ -6,7 +6,7 @@ import copy
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from ..core.order import whole
+from ..core.order import ROUTES, route_of, whole
 from ..core.plan import Plan
 from ..defaults import Card, check_text_level, plan_for
 from ..models.call import swapped, unwrapped
@@ -24,8 +24,10 @@ from .guidance import decide
 from .run import Run, Scheduler, Tick, Transformer
 from .schedulers import choose, take_levels
 from .space import OutOfMemory, out_of_memory, place_memory
+from .stream import Strip, stream
 
 # What is said to a pipeline, and asked of it, while it is called: of the user's own, by a stop button or a step cache.
+STRAIGHT = tuple(name for name, route in ROUTES.items() if route.axis != "tiles")
 LIVE = ("_interrupt", "_current_timestep")
 
 
@@ -184,6 +186,68 @@ class Rolling:
         del run, stand_in  # no frame of the run is alive and holds what it held
         raise out_of_memory(plan, kept[0])
 
+    def stream(
+        self,
+        prompts: Any,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        order: str = "left-to-right",
+        length: int | None = None,
+        stretch: int | None = None,
+        context: int | None = None,
+        seed: int = 0,
+        state: Mapping[str, Tensor] | None = None,
+        **options: Any,
+    ) -> Iterator[Strip]:
+        """Strips of a canvas of any length, as they are finished: for strip in roll(pipe).stream(prompts, height=256)
+
+        prompts: one for all; one for each stretch, without end if they never end; or (place, prompt), a place being a
+            share of the length (a float below 1) or pixels (an int), from which on it holds.
+        width, height: pixels across the order, the one that the order does not go along; None for the model's own.
+        order: left-to-right, right-to-left, top-to-bottom or bottom-to-top.
+        length: pixels along the order; None to go on until the prompts end.
+        stretch: pixels along the order that are drawn by one call; None for the model's own size.
+        context: pixels of the end of the stretch before that a call sees; None for half of a stretch.
+        seed: of all noise. state: that of a `Strip`, to go on after it: what follows is what would have followed.
+
+        Other arguments are those of a call, the same for every stretch. Memory does not grow with the length. Strips of
+        a decoder of convolutions are pixel by pixel those of the whole canvas; other decoders' are blended.
+        ValueError, of one sentence, for what does not fit together.
+        """
+        if order not in STRAIGHT:
+            raise ValueError(f"order is {order!r}, and a stream goes {', '.join(STRAIGHT)}")
+        along = "height" if route_of(order).axis == "rows" else "width"
+        sides = {"height": height, "width": width}
+        across = "width" if along == "height" else "height"
+        if sides[along] is not None:
+            raise ValueError(f"{along} is {sides[along]}, and a stream {order} has a length instead: say length")
+        cell = self.pipe.vae_scale_factor
+        unit = cell * self.family.patch
+
+        def cells(name: str, pixels: int | None, default: int, least: int = unit) -> int:
+            pixels = whole(name, default if pixels is None else pixels, least, "pixels")
+            if pixels % unit:
+                low = max(unit, pixels // unit * unit)
+                raise ValueError(f"{name} is {pixels} pixels, and must be a multiple of {unit}: take {low}")
+            return pixels // cell
+
+        own = cells("stretch", stretch, self.card.size)
+        if not isinstance(prompts, (str, Iterator)) and isinstance(prompts, Sequence):
+            prompts = [(cells("a prompt's place", p[0], 0, 0), p[1]) if _is_place(p) else p for p in prompts]
+        return stream(
+            self,
+            prompts,
+            order=order,
+            across=cells(across, sides[across], self.card.size),
+            length=None if length is None else cells("length", length, 0),
+            stretch=own,
+            context=cells("context", context, max(unit, own * cell // 2 // unit * unit), 0),
+            seed=whole("seed", seed, 0),
+            state=state,
+            options=options,
+        )
+
     def preview(self, tick: Tick) -> Any:
         """A PIL picture of the first image, as guessed in a tick, as the VAE decodes it."""
         cells = tick.canvas
@@ -277,6 +341,11 @@ class Rolling:
         sides = (int(said.get(name) or default) for name in ("height", "width"))
         height, width = (self.family.patch * (side // pixels) for side in sides)
         return height, width
+
+
+def _is_place(prompt: Any) -> bool:
+    """Is it (pixels, prompt)?"""
+    return not isinstance(prompt, str) and len(prompt) == 2 and not isinstance(prompt[0], float)
 
 
 def card_of(pipe: Any) -> Mapping[str, Any] | None:
