@@ -263,7 +263,7 @@ def test_numpy_s_integers_are_whole_numbers(kind):
     }
     plan = make_plan(**{name: kind(n) for name, n in numbers.items()}, multiple=kind(2), seed=kind(1))
     assert plan == make_plan(**numbers, multiple=2, seed=1)
-    assert all(type(value) in (int, str, float) for value in asdict(plan).values())
+    assert all(type(value) in (int, str, float, tuple) for value in asdict(plan).values())
     assert plan_for(Card(), kind(128), kind(64), kind(4)) == plan_for(Card(), 128, 64, 4)
     assert make_plan(128, 64, np.linspace(1, 0, 5)) == make_plan(128, 64, 4)
 
