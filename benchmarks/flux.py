@@ -33,7 +33,9 @@ CARD, DRY_CARD = Card(), Card(window=16, overlap=4)
 
 def plan_of(width: int, height: int, way: dict[str, Any] | None, steps: int = STEPS, card: Card = CARD) -> Plan:
     """The plan for FLUX.1-dev at its defaults; FluxPipeline's is one without a lag."""
-    return plan_for(card, height // CELL, width // CELL, steps, **({"lag": 0} if way is None else way))
+    return plan_for(
+        card, height // CELL, width // CELL, steps, **({"lag": 0} if way is None else {"guide": "auto", **way})
+    )
 
 
 def arithmetic(plan: Plan, shape: dict[str, int], text: int = TEXT) -> float:

@@ -125,6 +125,7 @@ def plan_for(
     multiple: int = 2,
     calls_per_step: int = 1,
     given: Sequence[Block] = (),
+    guide: bool | str = False,
 ) -> Plan:
     """The plan for a height × width canvas (cells): what was said, else what the card says, fitted to the canvas.
 
@@ -135,12 +136,16 @@ def plan_for(
     draft: the card's share of the steps.
     lookahead: "auto" for the whole canvas up to the card's native_tokens, and one window beyond; None or "all" for the
         whole canvas.
+    guide: whether a picture of the model's own size takes the place of the draft on a canvas that is larger than that;
+        "auto" if neither draft nor lag are said.
     calls_per_step: of a sampler that is counted by its calls, such as diffusers' Heun: 2, and one for the last step.
         Steps and draft then become ticks; lag is in ticks as ever.
 
     ValueError, in one sentence, for what does not fit together.
     """
     steps = count_steps(steps)
+    if guide == "auto":
+        guide = draft is None and lag is None and not given
     draft = card.draft_steps(steps) if draft is None else check_draft(draft, steps)
     height, width = whole("height", height, 1, "cells"), whole("width", width, 1, "cells")
     multiple = whole("multiple", multiple, 1, "cells")
@@ -170,7 +175,17 @@ def plan_for(
         multiple=multiple,
         persistence=persistence,
         given=given,
+        guide=guide_size(card, height, width, multiple) if guide and draft else None,
     )
+
+
+def guide_size(card: Card, height: int, width: int, multiple: int) -> tuple[int, int] | None:
+    """Height and width (cells) of a canvas scaled down to the model's own size; None if it is no larger than that."""
+    scale = (card.native_tokens * multiple**2 / (height * width)) ** 0.5
+    if scale >= 1:
+        return None
+    down, across = (max(multiple, int(side * scale) // multiple * multiple) for side in (height, width))
+    return down, across
 
 
 def check_text_level(value: str) -> None:

@@ -18,7 +18,7 @@ from .arguments import LAST_SEED, Parser, decimal, name_in, whole_number
 from .files import check_apart, check_target, free, read_picture, save_json, save_png
 from .model import DTYPES, EMBEDDED, QUANTIZERS, card_of, device_named, load, locate, lora, resolved, warnings_of
 from .replay import changed, record, replayed
-from .settings import PLAN_DEFAULTS, add_plan_options, check_room, complete, fitted, plan_of
+from .settings import GUIDE, PLAN_DEFAULTS, add_plan_options, check_room, complete, fitted, plan_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -259,6 +259,8 @@ def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | Non
             raise ValueError(f"{option} is not for {type(pipeline.pipe).__name__}, which takes no {name}: leave it out")
     # What was not said is fitted by the same rules once more: to the steps that a picture to start from leaves, too.
     fit = {name: settings[name] for name in ("window", "overlap", "draft", "lookahead") if name in job.said}
+    if "guide" in job.said:
+        fit["guide"] = GUIDE[settings["guide"]]
     blocks = job.plan.blocks
     bar = tqdm(total=job.plan.ticks, unit="call", leave=False, disable=None)
 

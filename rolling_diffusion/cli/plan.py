@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..core.plan import Plan, make_plan
+from ..core.plan import Plan
 from .arguments import Parser, whole_number
 from .files import check_apart, check_target, save_json, save_png
 from .model import EMBEDDED, card_of, locate
@@ -56,6 +56,11 @@ def describe(plan: Plan, text_tokens: int) -> str:
         f"blocks   {len(plan.blocks)} of {first.width} × {first.height} cells, {plan.blocks.name}",
         f"window   {plan.window} cells, overlap {plan.overlap}: at most {plan.capacity} blocks in motion",
         f"steps    {plan.steps} a block, {plan.draft} of them in the draft; lag {plan.lag} ticks",
+        *(
+            [f"guide    a picture of {plan.guide[1]} × {plan.guide[0]} cells in place of the draft"]
+            if plan.guide
+            else []
+        ),
         f"memory   finished blocks at persistence {plan.persistence:g}, waiting blocks: {reach}",
         "",
     ]
@@ -71,9 +76,7 @@ def describe(plan: Plan, text_tokens: int) -> str:
 
 
 def _with_lag(plan: Plan, lag: int | None) -> Plan:
-    changes = asdict(plan)
-    changes["lag"] = plan.steps - plan.draft if lag is None else lag
-    return make_plan(**changes)
+    return replace(plan, lag=plan.steps - plan.draft if lag is None else lag)
 
 
 def _row(name: str, plan: Plan, text_tokens: int) -> tuple[str, ...]:

@@ -18,11 +18,15 @@ PLAN_DEFAULTS: dict[str, Any] = {
     "window": None,
     "overlap": None,
     "draft": None,
+    "guide": None,
     "lookahead": None,
     "lag": None,
     "persistence": 1.0,
     "seed": 0,
 }
+
+
+GUIDE = {"on": True, "off": False}
 
 
 def add_plan_options(parser: Parser) -> None:
@@ -47,6 +51,8 @@ def add_plan_options(parser: Parser) -> None:
         metavar="STEPS",
         help="first steps that all blocks take together (default: the model's own)",
     )
+    small = "on: a picture of the model's own size takes the place of the draft (default: where the canvas is larger)"
+    add("--guide", type=name_in(GUIDE), metavar="WHICH", help=small)
     reach = number_or(EVERYWHERE, "cells")
     add(
         "--lookahead",
@@ -115,6 +121,7 @@ def plan_of(settings: dict[str, Any], card: Card) -> Plan:
         seed=settings["seed"],
         multiple=TOKEN,
         calls_per_step=2 if settings.get("sampler") == "heun" else 1,
+        guide=settings.get("image") is None and GUIDE.get(settings.get("guide"), "auto"),
     )
 
 

@@ -32,6 +32,7 @@ class Cost:
     token_evaluations    tokens computed in all calls, text included in each
     relative             token_evaluations against a full pass, which is `steps` calls of the whole canvas and the text
     pairs                query-key pairs that attention computes in all calls, in one head of one layer
+    guide                calls for the guide, on its own small canvas
 
     A plan of more than 8192 blocks, or of hundreds of tiles that see hundreds each, is counted by a sample: turns of
     the first and the last blocks, and pairs of turns evenly strewn between. For strips that is exact, but for a bend
@@ -48,11 +49,12 @@ class Cost:
     token_evaluations: int
     relative: float
     pairs: int
+    guide: int = 0
 
     @property
     def calls(self) -> int:
         """Calls of the model, whatever for."""
-        return self.ticks + self.waiting_calls + self.commits
+        return self.ticks + self.waiting_calls + self.commits + self.guide
 
 
 class Schedule(Protocol):
@@ -86,6 +88,10 @@ class Schedule(Protocol):
     def capacity(self) -> int: ...
     @property
     def ticks(self) -> int: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def guide(self) -> tuple[int, int] | None: ...
     def moving(self, k: int) -> range: ...
     def arriving(self, g: int) -> Sequence[int]: ...
 
@@ -121,23 +127,27 @@ class _Count:
             turns = _Turn(pairs=plan.steps * self.attend(drawn, seen), moving=drawn, visible=self.text + drawn + seen)
         else:
             turns = self.turns(commits)
-            turns.pairs += plan.draft * self.attend(drawn, seen)
+            turns.pairs += (plan.draft - plan.first) * self.attend(drawn, seen)
+        small = plan.guide[0] * plan.guide[1] // plan.multiple**2 if plan.guide and plan.first else 0
+        guiding = plan.steps if small else 0
+        turns.pairs += guiding * self.attend(small, 0)
         turns.pairs += self.attend(given, 0) if given else 0
-        moved = plan.steps * drawn
+        moved, ticks = (plan.steps - plan.first) * drawn, plan.ticks - plan.first
         kept = turns.stored + self.before(commits) + given
         stores = commits + bool(given)
-        evaluations = moved + kept + self.text * (plan.ticks + turns.calls + stores)
+        evaluations = moved + guiding * small + kept + self.text * (ticks + guiding + turns.calls + stores)
         canvas = plan.height * plan.width // plan.multiple**2
         return Cost(
-            ticks=plan.ticks,
+            ticks=ticks,
             waiting_calls=turns.calls,
             commits=stores,
-            tokens_per_tick=moved / plan.ticks + self.text,
+            tokens_per_tick=moved / ticks + self.text,
             peak_moving_tokens=turns.moving,
             peak_visible_tokens=turns.visible,
             token_evaluations=evaluations,
             relative=evaluations / (plan.steps * (canvas + self.text)),
             pairs=turns.pairs,
+            guide=guiding,
         )
 
     def turns(self, commits: int) -> _Turn:

@@ -32,6 +32,7 @@ class Plan:
 
     order: a name, a function from a grid to a path, or the blocks themselves; `blocks` has them in any case.
     given: parts of the canvas that are finished from the start, and seen as finished blocks are.
+    guide: height and width of a smaller picture, which is drawn first, enlarged, and taken in place of the draft.
     """
 
     height: int
@@ -47,6 +48,12 @@ class Plan:
     multiple: int
     persistence: float
     given: tuple[Block, ...] = ()
+    guide: tuple[int, int] | None = None
+
+    @property
+    def first(self) -> int:
+        """The first tick: that after the draft, if a guide takes its place."""
+        return self.draft if self.guide and not self.alone else 0
 
     @property
     def blocks(self) -> Order:
@@ -172,7 +179,8 @@ class Plan:
             f"{len(self.blocks)} blocks {self.blocks.name}",
             "window": f"{self.window} cells, advancing by {self.window - self.overlap}, looking ahead {reach}",
             "steps": f"{self.steps}, of them {self.draft} draft; lag {self.lag}, at most {self.capacity} in motion",
-            "calls": f"{cost.ticks} ticks + {cost.waiting_calls} for waiting blocks + {cost.commits} commits",
+            "calls": f"{cost.ticks} ticks + {cost.waiting_calls} for waiting blocks + {cost.commits} commits"
+            + (f" + {cost.guide} for a guide of {self.guide[0]} × {self.guide[1]} cells" if self.guide else ""),
             "tokens": f"{cost.tokens_per_tick:.0f} a tick, at most {cost.peak_moving_tokens} in motion "
             f"and {cost.peak_visible_tokens} visible",
             "cost": f"{cost.token_evaluations} token evaluations, {cost.relative:.2f} of a full pass",
@@ -194,6 +202,7 @@ def make_plan(
     multiple: int = 2,
     persistence: float = 1.0,
     given: Sequence[Block] = (),
+    guide: tuple[int, int] | None = None,
 ) -> Plan:
     """The plan for a height × width canvas (cells) and `steps` steps, or the sigmas themselves.
 
@@ -203,7 +212,8 @@ def make_plan(
     lookahead: cells ahead that waiting blocks are seen; None for the whole canvas, 0 for none. seed: for orders that
     draw. lag: ticks between blocks; None for the formula, "autoregressive" to wait for the predecessor, 0 for ordinary
     diffusion. persistence: attention weight that finished blocks keep per block of distance. given: disjoint parts of
-    the canvas that are finished from the start; the order goes over the rectangle that holds the rest.
+    the canvas that are finished from the start; the order goes over the rectangle that holds the rest. guide: height
+    and width of a smaller picture that takes the place of the draft.
 
     ValueError, in one sentence, for what does not fit together.
     """
@@ -242,6 +252,7 @@ def make_plan(
         multiple,
         rule.persistence,
         check_given(given, height, width, multiple),
+        None if guide is None else _check_guide(guide, height, width, multiple),
     )
     if callable(order):
         plan.blocks[0]  # its path is checked now
@@ -266,6 +277,17 @@ def check_draft(draft: int, steps: int) -> int:
     if not 0 <= draft < steps:
         raise ValueError(f"draft is {draft} steps, and must be from 0 to {steps - 1}, one less than the steps")
     return draft
+
+
+def _check_guide(guide: tuple[int, int], height: int, width: int, multiple: int) -> tuple[int, int]:
+    """ValueError unless it is a smaller picture of whole tokens."""
+    down, across = (whole(f"the guide's {side}", n, multiple, "cells") for side, n in zip(("height", "width"), guide))
+    if down % multiple or across % multiple or down * across >= height * width:
+        raise ValueError(
+            f"the guide is {down} × {across} cells, and must be smaller than the canvas of {height} × {width}, in "
+            f"multiples of {multiple}"
+        )
+    return down, across
 
 
 def _lag(run: int, share: Fraction) -> int:

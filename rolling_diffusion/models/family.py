@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core.order import Block
 from .call import Call, Slot
@@ -64,6 +65,11 @@ class Family(ABC):
     @abstractmethod
     def latents(self, cells: Tensor) -> Tensor:
         """The inverse of `cells`."""
+
+    def enlarged(self, latents: Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> Tensor:
+        """Latents of a picture of `size` (height, width) cells as those of a canvas."""
+        cells = self.cells(latents, *size)
+        return self.latents(F.interpolate(cells.float(), canvas, mode="bicubic", align_corners=False).to(cells))
 
     def encode(self, pipe: Any, pixels: Tensor) -> Tensor:
         """Latents of pixels (B, 3, height, width), from -1 to 1, as the family's pipelines encode a picture."""

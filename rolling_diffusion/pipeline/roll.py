@@ -77,6 +77,7 @@ class Rolling:
         on_tick: Callable[[Tick], object] | None = None,
         given: Any = None,
         given_mask: Any = None,
+        guide: Any = None,
         **options: Any,
     ) -> Any:
         """The pipeline's own arguments, with its meanings; what it returns is returned. Beyond them:
@@ -100,6 +101,9 @@ class Rolling:
             finished blocks are, and costs one call.
         given_mask: where: a picture or array of as many pixels, or cells, white or true where it is given; None for
             where a picture is opaque. What is given of a token is given if all of it is.
+        guide: whether the whole picture is drawn small first, at the model's own size, and enlarged in place of the
+            draft; or a picture that takes its place. None: on a canvas larger than the model's own, where neither draft
+            nor lag are said.
 
         What is None comes from the model's card. callback_on_step_end is called once a tick, with the whole canvas;
         what it changes acts. The pipeline itself, its scheduler, hooks and, with a generator, the default random state
@@ -107,6 +111,13 @@ class Rolling:
         """
         said = self._bound(args, options)
         source = given if isinstance(given, Source) else self._given(given, given_mask)
+        own = "strength" in self.parameters or said.get("timesteps") is not None  # begins elsewhere itself
+        if guide and (own or source is not None):
+            why = "what is given needs none" if source is not None else "it begins with a picture, or steps, of its own"
+            raise ValueError(f"{type(self.pipe).__name__} cannot be guided, as {why}: leave guide out")
+        picture = None if guide is None or isinstance(guide, bool) else guide
+        small = ("auto" if guide is None else bool(guide)) if not own and source is None else False
+        spoken = dict(said)
         pipe, card, family = self.pipe, self.card, self.family
         model = unwrapped(pipe.transformer)
         refused = family.refusal(model) or _refusal(model)
@@ -117,8 +128,8 @@ class Rolling:
         said |= words
         self._complete(said)
         generator = said.get("generator")
-        given = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
-        seeds = [g.initial_seed() for g in given] or None
+        draws = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
+        seeds = [g.initial_seed() for g in draws] or None
 
         def make_plan(height: int, width: int, calls: int, each: int) -> Plan:
             plan = plan_for(
@@ -137,13 +148,35 @@ class Rolling:
                 multiple=family.patch,
                 calls_per_step=each,
                 given=() if source is None else source.blocks(height, width),
+                guide=small,
             )
+            if guide and not plan.first:
+                raise ValueError(
+                    f"guide needs a canvas larger than the model's own {card.native_tokens} tokens that rolls after a "
+                    "draft: leave it out"
+                )
             if not plan.alone or plan.given:
                 for sentence in (refused, _share_of_steps(said)):
                     if sentence:
                         raise ValueError(sentence)
             return plan
 
+        def start(plan: Plan) -> Tensor:
+            """The guide, as clean latents of the whole canvas."""
+            canvas = plan.height, plan.width
+            if picture is not None:
+                return family.encode(pipe, pipe.image_processor.preprocess(picture, *(unit * side for side in canvas)))
+            down, across = plan.guide or canvas
+            call = {"height": down * unit, "width": across * unit, "output_type": "latent"}
+            call |= {name: None for name in ("callback_on_step_end", "latents") if name in self.parameters}
+            if draws:
+                again = [torch.Generator(g.device).manual_seed(g.initial_seed()) for g in draws]
+                call["generator"] = again if isinstance(generator, (list, tuple)) else again[0]
+            words = {"cfg": cfg, "sampler": sampler, "scheduler_sigmas": scheduler_sigmas}
+            latents = self(**{**spoken, **call}, **words, lag=0, guide=False)[0]
+            return family.enlarged(latents, (down, across), canvas)
+
+        unit = pipe.vae_scale_factor
         cap = card.reach if memory_tokens is None else whole("memory_tokens", memory_tokens, 0)
         offloaded = bool(getattr(pipe, "_all_hooks", None))
         kept: list[Any] = [memory_device]
@@ -166,6 +199,7 @@ class Rolling:
             place_memory=place,
             on_tick=on_tick,
             given=source,
+            start=start,
         )
         stepper, levels = choose(copy.deepcopy(pipe.scheduler), sampler, scheduler_sigmas)
         adopt = None if stepper is levels else lambda source: take_levels(stepper, source, pipe._execution_device)

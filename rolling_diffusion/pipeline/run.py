@@ -60,7 +60,7 @@ class Timesteps:
         self.run, self.steps = run, steps
 
     def __len__(self) -> int:
-        return self.run.plan.ticks
+        return self.run.plan.ticks - self.run.plan.first
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[k] for k in range(len(self)))
@@ -71,7 +71,7 @@ class Timesteps:
         plan = self.run.plan
         if not -len(self) <= k < len(self):
             raise IndexError(f"tick {k} of {len(self)}")
-        k %= len(self)
+        k = k % len(self) + plan.first
         return self.steps[plan.index(k, plan.moving(k)[-1])]  # of all in motion, the last block is the least far
 
 
@@ -205,14 +205,17 @@ class Run:
         place_memory: Callable[[Plan, Tensor], torch.device | None],
         on_tick: Callable[[Tick], object] | None,
         given: Source | None = None,
+        start: Callable[[Plan], Tensor] | None = None,
     ):
         """make_plan: of height, width, calls and calls a step. seeds: of the pictures, if generators were given. named:
         whether the scheduler was asked for by name. place_memory: where a plan's memory is kept, of such hidden states.
-        given: what of the canvas is finished from the start.
+        given: what of the canvas is finished from the start. start: clean latents to begin with after the draft, where
+        a guide takes its place.
         """
         self.pipe, self.family, self.make_plan, self.guidance = pipe, family, make_plan, guidance
         self.named, self.text_level, self.context_noise = named, text_level, context_noise
         self.cap, self.place_memory, self.on_tick, self.given = cap, place_memory, on_tick, given
+        self.start, self.begun = start, None
         self.transformer = pipe.transformer
         net = getattr(pipe, "controlnet", None)
         self.control = None if net is None else ControlNet(self, net)
@@ -264,15 +267,16 @@ class Run:
             self.tokens = [self.family.tokens(block, self.width) for block in self.blocks]
             self.arrivals = plan.arrivals()
             self.draft = plan.steps if plan.alone else plan.draft
-            if not self.draft:
+            self.tick = plan.first
+            if self.tick == self.draft:
                 self.starting = 0, next(self.arrivals)
         return self._plan
 
     def prepared(self, latents: Any) -> None:
         """The pipeline has made its first latents: how large is the canvas?"""
         self.height, self.width = self.family.canvas(latents)
+        self.first = latents if isinstance(latents, Tensor) else latents[0]
         if self.given is not None:
-            self.first = latents if isinstance(latents, Tensor) else latents[0]
             self.like = self.first[:1]
             self.known = self.given.latents(self.height, self.width).to(self.first)
 
@@ -294,6 +298,12 @@ class Run:
         if self.given is not None and any(self.given.origin):
             rows, columns = (cells // self.family.patch for cells in self.given.origin)
             request = self.family.shifted(request, rows, columns, self.height * self.width // self.family.patch**2)
+        if plan.first and self.begun is None:
+            assert self.start is not None
+            clean = self.start(plan).to(self.first)
+            self.begun = torch.lerp(clean.expand_as(self.first), self.first, self.times[plan.draft] / 1000)
+        if self.begun is not None and self.tick == plan.first:
+            request = self.family.blend(request, self.begun, 1.0)
         if self.stock:
             answer = self.transformer(**request)
             if not self.guidance.projected:
@@ -442,6 +452,8 @@ class Run:
         """A tick's end: every block in motion is stepped, by a copy of the scheduler."""
         plan, family, k = self.plan, self.family, self.tick
         self.like = sample[:1]
+        if self.begun is not None and k == plan.first:
+            sample = self.begun.to(sample)
         if k < self.draft:
             moving: Sequence[int] = plan.moving(k)
             drawn = not plan.alone or self.named  # else as the pipeline draws by itself

@@ -1,0 +1,73 @@
+"""A guide: the whole picture drawn small, and enlarged in place of the draft."""
+
+import pytest
+import torch
+from tiny_families import TEXT_TO_IMAGE, apart, draw, make, picture
+
+from rolling_diffusion import Card, make_plan, plan_for, roll
+
+SMALL = Card(size=32, steps=4, window=16, overlap=8, native_tokens=48)  # of 192 on a canvas of 32 × 24
+
+
+@pytest.mark.parametrize("name", TEXT_TO_IMAGE)
+def test_above_the_model_s_size_a_small_picture_takes_the_place_of_the_draft(name):
+    pipe, arguments = make(name)
+    rolled, ticks = roll(pipe, SMALL), []
+    guided = draw(rolled, arguments, on_tick=ticks.append)
+    plan = plan_for(SMALL, 32, 24, 4, guide="auto")
+    assert plan.guide == (16, 12) and plan.draft == 2
+    assert [t.number for t in ticks] == list(range(2, plan.ticks)), "the draft's ticks are not run"
+    assert torch.equal(guided, draw(rolled, arguments, guide=True))
+    assert apart(guided, draw(rolled, arguments, guide=False)) > 0.1
+
+
+def test_the_guide_settles_the_whole_of_the_picture():
+    """The fewer noise is left after the draft, the closer the picture is to its guide."""
+    pipe, arguments = make("FluxPipeline")
+    rolled = roll(pipe, SMALL)
+    small = draw(pipe, arguments | {"height": 16, "width": 12, "num_inference_steps": 8})
+    enlarged = rolled.family.enlarged(small, (16, 12), (32, 24))
+    far = [apart(enlarged, draw(rolled, arguments, num_inference_steps=8, draft=d, guide=True)) for d in (1, 7)]
+    assert far[1] < 0.5 * far[0]
+
+
+def test_a_picture_may_be_the_guide():
+    pipe, arguments = make("FluxPipeline")
+    rolled = roll(pipe, SMALL)
+    drawn = draw(rolled, arguments, guide=picture())
+    assert not torch.equal(drawn, draw(rolled, arguments, guide=picture(1)))
+    assert not torch.equal(drawn, draw(rolled, arguments))
+
+
+def test_what_is_said_of_the_draft_or_the_lag_stands():
+    pipe, arguments = make("FluxPipeline")
+    rolled = roll(pipe, SMALL)
+    for said in ({"draft": 2}, {"lag": 0}, {"lag": 2}):
+        assert torch.equal(draw(rolled, arguments, **said), draw(rolled, arguments, **said, guide=False))
+    assert torch.equal(draw(roll(pipe), arguments), draw(roll(pipe), arguments, guide=False)), "not above its own size"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("FluxPipeline", {"guide": True, "lag": 0}, "guide needs a canvas larger"),
+        ("FluxPipeline", {"guide": True, "draft": 0}, "guide needs a canvas larger"),
+        ("FluxImg2ImgPipeline", {"guide": True}, "FluxImg2ImgPipeline cannot be guided"),
+    ],
+)
+def test_where_no_guide_can_be(name, options, sentence):
+    pipe, arguments = make(name)
+    with pytest.raises(ValueError, match=sentence):
+        draw(roll(pipe, SMALL), arguments, **options)
+
+
+def test_a_plan_counts_its_guide():
+    plan = make_plan(64, 64, 10, window=32, overlap=16, draft=5, guide=(32, 32))
+    cost, plain = plan.cost(8), make_plan(64, 64, 10, window=32, overlap=16, draft=5).cost(8)
+    assert (cost.guide, cost.ticks) == (10, plain.ticks - 5)
+    assert cost.token_evaluations == plain.token_evaluations - 5 * (1024 + 8) + 10 * (256 + 8)
+    assert cost.pairs == plain.pairs - 5 * (1024 + 8) ** 2 + 10 * (256 + 8) ** 2
+    assert "10 for a guide of 32 × 32 cells" in str(plan)
+    for guide in ((64, 64), (3, 4), (0, 2)):
+        with pytest.raises(ValueError, match="guide"):
+            make_plan(64, 64, 10, guide=guide)
