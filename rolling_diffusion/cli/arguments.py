@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn
 
+from . import ranks
+
 
 def nearest(word: str, names: Collection[str]) -> str:
     """` (did you mean 'x'?)` for a near miss, else nothing."""
@@ -28,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): ", r"\1 ", message)
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if ranks.first() else None)
 
     def strict(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses everything; an option or a word too many is named, with the nearest option that exists."""
@@ -105,6 +107,12 @@ def number_or(word: str, unit: str) -> Callable[[str], int | str]:
             raise argparse.ArgumentTypeError(message) from None
 
     return number
+
+
+def needs(what: str, extra: str) -> str:
+    """The sentence for a part of the program whose packages are not installed."""
+    name = f"autoregressive-rolling-diffusion[{extra}]"
+    return f"{what} needs packages of its own: pip install '{name}', or in a clone pip install -e '.[{extra}]'"
 
 
 def fail(sentence: str) -> int:

@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,6 +194,20 @@ def load(folder: str, device: str, dtype: str, **options: Any) -> Rolling:
         pipeline = read(folder, None if dtype == "auto" else getattr(torch, dtype), device, **options)
     pipeline.set_progress_bar_config(disable=True)
     return roll(pipeline)
+
+
+def load_said(folder: str, said: Mapping[str, Any], start: str | None = None) -> Rolling:
+    """The same, as the options of a model say it. start: what pictures start from, as `pipeline.load` names it."""
+    return load(
+        folder,
+        device_named(said["device"] or "auto"),
+        said["dtype"] or "auto",
+        variant=said["variant"],
+        cpu_offload=said["cpu_offload"] or False,
+        lora=dict(said["lora"] or ()),
+        quantize=said["quantize"],
+        start=start,
+    )
 
 
 def resolved(pipeline: Rolling, settings: dict[str, Any]) -> dict[str, Any]:

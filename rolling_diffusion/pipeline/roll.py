@@ -19,6 +19,8 @@ from ..core.plan import Plan
 from ..defaults import Card, check_text_level, plan_for
 from ..models.call import swapped, unwrapped
 from ..models.registry import family_of
+from ..models.shares import degree
+from ..models.shares import refusal as refused_shares
 from .given import Source
 from .guidance import decide
 from .run import Run, Scheduler, Tick, Transformer
@@ -55,6 +57,7 @@ class Rolling:
         found = card_of(pipe) if card is None else card
         self.has_card = found is not None
         self.card = found if isinstance(found, Card) else Card.of(self._defaults() if found is None else found)
+        self.memory_bytes = 0  # of keys and values, that the last call held at most, in this process
 
     @torch.no_grad()
     def __call__(
@@ -109,7 +112,7 @@ class Rolling:
         source = given if isinstance(given, Source) else self._given(given, given_mask)
         pipe, card, family = self.pipe, self.card, self.family
         model = unwrapped(pipe.transformer)
-        refused = family.refusal(model) or _refusal(model)
+        refused = family.refusal(model) or _refusal(model) or refused_shares(model)
         text_level = card.text_level if text_level is None else text_level
         noise = card.context_noise if context_noise is None else context_noise
         check_levels(text_level, noise)
@@ -119,6 +122,8 @@ class Rolling:
         generator = said.get("generator")
         given = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
         seeds = [g.initial_seed() for g in given] or None
+        if degree(model) > 1:
+            refused = refused or _refused_together(pipe, seeds)
 
         def make_plan(height: int, width: int, calls: int, each: int) -> Plan:
             plan = plan_for(
@@ -180,6 +185,7 @@ class Rolling:
                 raise
             plan = run._plan
         finally:
+            self.memory_bytes = run.most_bytes
             run.clear()
             if not hooked:  # the pipeline leaves one, empty, for step caches
                 vars(model).pop("_diffusers_hook", None)
@@ -373,8 +379,15 @@ def _refusal(model: Any) -> str | None:
             "a step cache is enabled on the transformer, and would answer for tokens that it was not asked for: call "
             "transformer.disable_cache(), or roll with lag=0"
         )
-    if getattr(model, "_parallel_config", None) is not None:
-        return "the transformer runs on several devices, and memory is kept on one: roll with lag=0"
+    return None
+
+
+def _refused_together(pipe: Any, seeds: Any) -> str | None:
+    """What several processes with one call between them cannot do."""
+    if seeds is None:
+        return "each process would draw noise of its own: give a generator, with the same seed in each"
+    if getattr(pipe, "controlnet", None) is not None:
+        return "what a ControlNet adds is not shared out over several devices: run it on one"
     return None
 
 
