@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .arguments import needs
 from .files import Unwritten, check_target, save_png
 from .generate import SETTINGS, draw, load_for, prepare
 from .model import resolved, warnings_of
@@ -100,10 +101,19 @@ def ray() -> Any:
     try:
         import ray
     except ImportError:
-        raise ValueError(
-            "batch needs Ray: pip install 'autoregressive-rolling-diffusion[batch]', or pip install ray"
-        ) from None
+        raise ValueError(needs("batch", "batch")) from None
     return ray
+
+
+def settle(local: bool) -> None:
+    """What Ray reads from the environment as it is imported. local: for a cluster of our own."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if local:
+        # Else Ray's servers would listen to every network that the machine is on.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Other users of this machine could reach it still: they would need this word, which no file holds.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once in a process
 
 
 def check_reach(address: str) -> None:
@@ -118,25 +128,28 @@ def check_reach(address: str) -> None:
 class Cluster:
     """Ray, started here for as long as this lasts, or joined; and the workers on it."""
 
-    def __init__(self, address: str | None, workers: int | None, gpus: float | None, cpus: int | None, device: str):
+    def __init__(
+        self,
+        address: str | None,
+        workers: int | None,
+        gpus: float | None,
+        cpus: int | None,
+        device: str,
+        echo: bool = False,
+    ):
         """workers: None for one on each GPU, and one where there is none. gpus, cpus: of a worker; None for one GPU,
-        where there are any, and for this machine's threads, shared out. ValueError, where it cannot be so."""
+        where there are any, and for this machine's threads, shared out. echo: what workers print is printed here.
+        ValueError, where it cannot be so."""
         import torch
 
         local = address is None
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        if local:
-            # Else Ray's servers would listen to every network that the machine is on. Read when Ray is imported.
-            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-            # Other users of this machine could reach it still: they would need this word, which no file holds.
-            os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once in a process
-        elif address.startswith("ray://"):
+        settle(local)
+        if address is not None and address.startswith("ray://"):
             raise ValueError(f"--ray-address {address} is of Ray's client: run batch on a machine of the cluster")
-        elif address != "auto":
+        if address not in (None, "auto"):
             check_reach(address)
         self.ray = ray()
-        quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+        quiet = {"log_to_driver": echo, "logging_level": "ERROR", "configure_logging": False}
         try:
             if not local:
                 self.ray.init(address=address, **quiet)
