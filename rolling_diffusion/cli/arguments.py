@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn
 
+from ..defaults import LAST_SEED
 from . import ranks
 
 
@@ -74,7 +75,6 @@ def whole_number(low: int = 0, high: int | None = None) -> Callable[[str], int]:
     return number
 
 
-LAST_SEED = 2**64 - 1  # of torch's generators
 seed = whole_number(0, LAST_SEED)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..defaults import CELL, TOKEN
+from ..defaults import LAST_SEED, nearest_side
 from . import ranks
 from .animation import SUFFIXES, Film, check_mp4, save_animation
-from .arguments import LAST_SEED, Parser, decimal, name_in, whole_number
+from .arguments import Parser, decimal, name_in, whole_number
 from .files import check_apart, check_target, free, read_picture, save_json, save_png
 from .model import DTYPES, EMBEDDED, QUANTIZERS, card_of, device_named, load_said, locate, lora, resolved, warnings_of
 from .replay import changed, record, replayed
@@ -243,11 +243,6 @@ def pictures_of(said: dict[str, Any]) -> tuple[Image.Image | None, Image.Image |
         sizes = [f"{picture.width} × {picture.height}" for picture in (mask, image)]
         raise ValueError(f"--mask is of {sizes[0]} pixels, and must be as large as --image, {sizes[1]}")
     return image, mask
-
-
-def nearest_side(pixels: int) -> int:
-    side = CELL * TOKEN
-    return max(side, round(pixels / side) * side)
 
 
 def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | None = None) -> Image.Image:

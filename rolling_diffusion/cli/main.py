@@ -84,13 +84,11 @@ def command(argv: list[str]) -> int:
         fail(str(error))
         return 1
     except (MemoryError, RuntimeError) as error:
-        # Named, not imported: most commands never need torch. Its allocator of main memory has no error of its own.
-        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if not known and "can't allocate memory" not in str(error):
+        from ..pipeline.space import NONE_LEFT, OutOfMemory, ran_out  # not before: most commands never need torch
+
+        if not ran_out(error):
             raise
-        fail(
-            str(error) if type(error).__name__ == "OutOfMemoryError" else "Out of memory: a smaller canvas needs less."
-        )
+        fail(str(error) if isinstance(error, OutOfMemory) else NONE_LEFT)
         return 1
     except SystemExit as stop:  # of argparse: its help, or its errors
         return int(stop.code or 0)

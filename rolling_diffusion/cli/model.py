@@ -152,9 +152,7 @@ def cut_off(tokenizer: Any, prompt: str, limit: int) -> str:
 def warnings_of(pipeline: Rolling, *texts: str) -> list[str]:
     """What the model will not read of its prompts: words that it does not know, and what is beyond its length."""
     said = []
-    names = ("tokenizer_2", "tokenizer_3", "tokenizer")  # of the text that is attended to: Flux's, SD3's, and others'
-    tokenizer = next((t for name in names if (t := getattr(pipeline.pipe, name, None)) is not None), None)
-    limit = pipeline.card.max_sequence_length
+    tokenizer, limit = pipeline.tokenizer, pipeline.card.max_sequence_length
     if tokenizer is None:
         return []
     unknown = unknown_words(tokenizer, " ".join(texts))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from .arguments import Parser, needs, whole_number
 from .generate import add_model_options
 from .model import EMBEDDED, base_name, card_of, load_said, locate, quiet
+from .replay import shown
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -78,7 +79,9 @@ def application(values: argparse.Namespace, key: str | None, folder: str) -> Fas
     from ..serve import Limits, Studio, make_app
 
     pipeline = load_said(folder, vars(values))
-    studio = Studio(pipeline, base_name(values.model or EMBEDDED), values.queue, bool(values.cpu_offload))
+    name = base_name(values.model or EMBEDDED)
+    said = {key: shown(key, value) for key in ("variant", "lora", "quantize") if (value := getattr(values, key))}
+    studio = Studio(pipeline, name, values.queue, bool(values.cpu_offload), {"model": name, **said})
     named = {name: getattr(values, f"max_{name}") for name in ("n", "steps", "pixels", "calls")}
     limits = replace(Limits.of(studio.card), **{name: most for name, most in named.items() if most is not None})
     return make_app(studio, limits=limits, key=key, folder=values.output)

@@ -25,7 +25,7 @@ from .given import Source
 from .guidance import decide
 from .run import Run, Scheduler, Tick, Transformer
 from .schedulers import choose, take_levels
-from .space import OutOfMemory, out_of_memory, place_memory
+from .space import NONE_LEFT, OutOfMemory, out_of_memory, place_memory, ran_out
 from .stream import Strip, stream
 
 # What is said to a pipeline, and asked of it, while it is called: of the user's own, by a stop button or a step cache.
@@ -180,17 +180,25 @@ class Rolling:
         try:
             with swapped((vars(pipe), name, None) for name in LIVE):
                 return type(pipe).__call__(stand_in, **said)
-        except OutOfMemory:
-            if run._plan is None or run._plan.alone:
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
                 raise
-            plan = run._plan
+            plan = None if run._plan is None or run._plan.alone else run._plan
+            if plan is None and isinstance(error, OutOfMemory):
+                raise
         finally:
             self.memory_bytes = run.most_bytes
             run.clear()
             if not hooked:  # the pipeline leaves one, empty, for step caches
                 vars(model).pop("_diffusers_hook", None)
         del run, stand_in  # no frame of the run is alive and holds what it held
-        raise out_of_memory(plan, kept[0])
+        raise OutOfMemory(NONE_LEFT) if plan is None else out_of_memory(plan, kept[0])
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of the text that is attended to, by Flux's, SD 3's, and others' names; None without one."""
+        names = ("tokenizer_2", "tokenizer_3", "tokenizer")
+        return next((found for name in names if (found := getattr(self.pipe, name, None)) is not None), None)
 
     def stream(
         self,

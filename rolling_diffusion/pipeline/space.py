@@ -11,7 +11,15 @@ from ..core.plan import Plan
 from ..models.shares import degree
 
 OutOfMemory: Any = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+NONE_LEFT = "Out of memory: a smaller canvas needs less."
 SPARE = 2 * 2**30  # bytes, for the activations of a call
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error is that memory ran out: torch's allocator of main memory has none of its own."""
+    return isinstance(error, (MemoryError, OutOfMemory)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def memory_bytes(transformer: Any, tokens: int, batch: int, dtype: torch.dtype) -> int:
