@@ -7,9 +7,9 @@ and how evenly the clients were served.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -76,10 +76,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     values = parser.parse_args()
     command = [sys.executable, "-m", "rolling_diffusion.cli", "serve", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ)
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the program)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
-        url = process.stdout.readline().split()[-1]
+        told = process.stdout.readline()
+        if not told:
+            log.seek(0)
+            sys.exit(f"the server did not start: {log.read()}")
+        url = told.split()[-1]
         ask(url, 0)  # what is made once is made
         before = memory(process.pid)
         told = load(url, values.clients, values.seconds)
@@ -88,6 +93,7 @@ def main() -> None:
         process.terminate()
         process.wait()
     print(f"{values.clients} clients, {values.seconds:g} s: {sum(told.counts)} pictures")
+    print(*told.errors, sep="\n", end="")
     print(f"errors {len(told.errors)}, wrong answers {len(told.wrong)}, answers of each client {told.counts}")
     print(f"seconds from request to answer: median {median(told.seconds):.2f}, longest {max(told.seconds):.2f}")
     print(f"memory {before / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after")

@@ -13,8 +13,15 @@ from .core.plan import Plan, check_draft, count_steps, make_plan
 
 DRAFT = 0.5  # share of the steps, unless a model's card says otherwise: docs/results.md has the study that decided it
 CELL, TOKEN = 8, 2  # pixels a cell, cells a token: of every family that rolls
+SIDE = CELL * TOKEN  # pixels that a side of a picture is a multiple of
+LAST_SEED = 2**64 - 1  # of torch's generators
 EVERYWHERE = "all"  # a lookahead over the whole canvas; None means the same
 TEXT_LEVELS = ("max", "mean", "min")
+
+
+def nearest_side(pixels: int) -> int:
+    """The length of a side that can be drawn, and is the nearest to this one."""
+    return max(SIDE, round(pixels / SIDE) * SIDE)
 
 
 @dataclass(frozen=True)

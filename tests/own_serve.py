@@ -21,7 +21,8 @@ class Server:
         self.here, self.temporary, self.log = folder / "here", folder / "temporary", folder / "log"
         for made in (self.here, self.temporary):
             made.mkdir(parents=True)
-        environment = os.environ | {"TMPDIR": str(self.temporary), "PYTHONPATH": str(ROOT)}
+        code = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"TMPDIR": str(self.temporary), "PYTHONPATH": code}
         command = [sys.executable, "-m", "rolling_diffusion.cli", "serve", "--port", "0", *arguments]
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(

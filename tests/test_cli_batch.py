@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks.batch import PROMPTS, SMALL, processes, same
-from rolling_diffusion.cli import batch, main
+from rolling_diffusion.cli import batch, main, workers
 
 pytest.importorskip("ray")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -181,6 +181,27 @@ def test_killed_workers_and_a_killed_run_lose_nothing(tmp_path, expected, cluste
     assert all(row["error"] is None and row["seconds"] > 0 for row in table)
     assert all(same(out / row["file"], expected[row["prompt"], row["seed"]]) for row in table)
     assert all(picture.stat().st_mtime_ns == then for picture, then in before.items())
+
+
+def test_a_worker_that_hangs_is_replaced(tmp_path, expected, start):
+    file, out = tmp_path / "prompts.csv", tmp_path / "out"
+    file.write_text("prompt,seed\n" + "".join(f"{prompt},{seed}\n" for prompt, seed in expected))
+    run = start(file, "-o", out, "--workers", 2, "--timeout", 60)
+    waited(lambda: pictures(out) or run.poll() is not None)
+    waited(lambda: (found := processes("ray::Worker.draw", WORD)) and not found[0].suspend())
+    code, errors = ended(run)
+    assert code == 0, errors
+    assert {(row["prompt"], row["seed"]) for row in manifest(out)} == expected.keys()
+    waited(lambda: not processes("ray::Worker", WORD))
+
+
+def test_memory_that_ran_out_is_one_sentence_and_all_else_is_raised():
+    with pytest.raises(RuntimeError) as much:
+        torch.empty(2**62, dtype=torch.uint8)
+    assert workers.sentence(much.value) == "Out of memory: a smaller canvas needs less."
+    assert workers.sentence(ValueError("two\nlines")) == "two lines"
+    with pytest.raises(KeyError):
+        workers.sentence(KeyError("of the worker's own"))
 
 
 @pytest.mark.parametrize(

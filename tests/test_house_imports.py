@@ -19,6 +19,7 @@ ALLOWED = {
     "evaluation": {"torch", "numpy"},
     "picture": {"numpy", "PIL"},
     "appearing": {"PIL"},
+    "recording": {"PIL"},
     "serve": {"torch", "PIL", "fastapi", "starlette", "pydantic", "prometheus_client"},
     "comfy": {
         *("torch", "numpy", "PIL", "tqdm", "einops", "transformers"),  # ComfyUI brings these itself

@@ -308,6 +308,16 @@ def test_out_of_memory_is_one_sentence_and_frees(rolled, monkeypatch):
     assert caught.value.__context__ is None and caught.value.__cause__ is None, "nothing holds what the run held"
 
 
+def test_main_memory_that_runs_out_is_no_other_error(rolled):
+    def much(*_):
+        torch.empty(2**62, dtype=torch.uint8)
+
+    with pytest.raises(OutOfMemory, match="a smaller window"):
+        call(rolled, callback_on_step_end=much, **ROLL)
+    with pytest.raises(OutOfMemory, match="a smaller canvas needs less"):
+        call(rolled, callback_on_step_end=much, **LAG_0)
+
+
 def test_cfg_is_a_distilled_models_own_guidance_without_a_negative_prompt(pipe, rolled):
     for empty in ({}, {"negative_prompt": ""}, {"negative_prompt": " "}):
         assert torch.equal(call(rolled, cfg=7.0, **empty, **LAG_0), call(pipe, guidance_scale=7.0))

@@ -13,6 +13,7 @@ openai = pytest.importorskip("openai")
 import httpx  # noqa: E402
 
 from rolling_diffusion import roll  # noqa: E402
+from rolling_diffusion.cli import main  # noqa: E402
 from rolling_diffusion.loading import starting  # noqa: E402
 
 PROMPT = "a red ball above a blue boat"
@@ -63,6 +64,23 @@ def test_a_picture_is_the_pipelines_own(client, rolled):
     assert answer.size == "64x64" and answer.output_format == "png" and answer.data[0].seed == 7
     assert np.array_equal(pixels(opened(answer.data[0].b64_json)), pixels(drawn(rolled)))
     assert answer.usage.output_tokens == 16 and answer.usage.input_tokens_details.text_tokens >= 8
+
+
+def test_a_picture_records_what_generate_says_again(client, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = {"order": "left-to-right", "window": 4, "overlap": 2, "attention_persistence": 0.5, "lookahead": 2, "lag": 2}
+    for body in ({"steps": 3, **said, "cfg": 1.5, "negative_prompt": "a tree"}, {}):
+        more = {"size": "64x64", "n": 2} if body else {"size": "64x80", "quality": "low"}
+        answer = client.images.generate(prompt=PROMPT, **more, extra_body={"seed": 7, **body})
+        file = tmp_path / "picture.png"
+        file.write_bytes(base64.b64decode(answer.data[-1].b64_json))
+        assert main(["generate", "--from", str(file), "-o", "again.png", "--device", "cpu"]) == 0
+        assert np.array_equal(pixels(Image.open("again.png")), pixels(Image.open(file)))
+        assert "note:" not in capsys.readouterr().err
+    edited = client.images.edit(image=file_of(scene()), prompt=PROMPT, extra_body={"steps": 2})
+    file.write_bytes(base64.b64decode(edited.data[0].b64_json))
+    assert main(["generate", "--from", str(file)]) == 2
+    assert "--image must name a file that is here" in capsys.readouterr().err
 
 
 def test_several_pictures_have_seeds_in_a_row(client, rolled):

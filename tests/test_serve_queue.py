@@ -5,6 +5,7 @@ import time
 from contextlib import ExitStack, contextmanager
 
 import pytest
+import torch
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -99,6 +100,8 @@ def test_what_fails_while_drawing_is_told_and_the_next_one_is_drawn(rolled, monk
         def __call__(self, *args, **options):
             if options["prompt"] == "fail":
                 raise RuntimeError("secret")
+            if options["prompt"] == "much":
+                torch.empty(2**62, dtype=torch.uint8)
             return rolled(*args, **options)
 
     with hosted(make_app(Studio(Failing(), "embedded"))) as url:
@@ -108,6 +111,8 @@ def test_what_fails_while_drawing_is_told_and_the_next_one_is_drawn(rolled, monk
         assert "secret" not in caught.value.response.text and caught.value.type == "server_error"
         with pytest.raises(openai.APIError, match="error while drawing"):
             list(client.images.generate(prompt="fail", stream=True))
+        with pytest.raises(openai.InternalServerError, match="Out of memory: a smaller size needs less"):
+            client.images.generate(prompt="much")
         assert client.images.generate(prompt="a", size="32x32", extra_body={"steps": 1}).data
 
 
@@ -123,7 +128,6 @@ def test_what_the_load_expects_is_the_pipelines_own(server, rolled):
     import io
 
     import numpy as np
-    import torch
     from PIL import Image
 
     said = asked(3)

@@ -10,6 +10,9 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn
 
+from ..defaults import LAST_SEED
+from . import ranks
+
 
 def nearest(word: str, names: Collection[str]) -> str:
     """` (did you mean 'x'?)` for a near miss, else nothing."""
@@ -28,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): ", r"\1 ", message)
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if ranks.first() else None)
 
     def strict(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses everything; an option or a word too many is named, with the nearest option that exists."""
@@ -72,7 +75,6 @@ def whole_number(low: int = 0, high: int | None = None) -> Callable[[str], int]:
     return number
 
 
-LAST_SEED = 2**64 - 1  # of torch's generators
 seed = whole_number(0, LAST_SEED)
 
 
@@ -105,6 +107,12 @@ def number_or(word: str, unit: str) -> Callable[[str], int | str]:
             raise argparse.ArgumentTypeError(message) from None
 
     return number
+
+
+def needs(what: str, extra: str) -> str:
+    """The sentence for a part of the program whose packages are not installed."""
+    name = f"autoregressive-rolling-diffusion[{extra}]"
+    return f"{what} needs packages of its own: pip install '{name}', or in a clone pip install -e '.[{extra}]'"
 
 
 def fail(sentence: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -14,12 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..recording import MACHINE
 from .arguments import Parser, decimal, fail, name_in, whole_number
-from .files import check_target, is_whole_png, put, read_record, save_json_lines, sweep
+from .files import check_target, is_whole_png, make_folder, put, read_record, save_json_lines, sweep
 from .generate import DEFAULTS, SETTINGS, add_drawing_options, prepare
 from .model import EMBEDDED, EMBEDDED_FOLDER, found, read_index
 from .prompts import PICTURES, read_lines
-from .replay import MACHINE
 from .workers import Cluster, Stopped, Task, namespace
 
 OF_MODEL = ("model", "variant", *MACHINE, "lora", "quantize")  # said for all pictures: a worker loads its model once
@@ -37,6 +38,7 @@ def add_options(parser: Parser) -> None:
     add("--workers", type=whole_number(1), metavar="N", help="(default: one a GPU; one where there is none)")
     add("--gpus-per-worker", type=decimal(0), metavar="X", help="0.5: two share one (default: 1, where there are any)")
     add("--cpus-per-worker", type=whole_number(1), metavar="N", help="threads (default: this machine's, shared out)")
+    add("--timeout", type=decimal(1), metavar="SECONDS", help="of one picture, before its worker is taken for hung")
     add("--ray-address", metavar="ADDRESS", help="of a running cluster to join, or auto (default: one starts here)")
     add_drawing_options(parser)
 
@@ -48,11 +50,8 @@ def run(values: argparse.Namespace) -> int:
     address = values.ray_address or os.environ.get("RAY_ADDRESS") or None
     common = said_for_all(values)
     tasks, wrong = read(values, common, here=address is None)
+    make_folder(values.output)
     out = values.output.resolve()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to {values.output}: {error.strerror}") from None
     manifest = out / f"manifest.{values.manifest}"
     check_target(manifest)
     there = pictures_in(out)
@@ -67,7 +66,7 @@ def run(values: argparse.Namespace) -> int:
     try:
         if cluster is not None:
             with cluster:
-                draw_all(cluster, todo, common, out, there, failed, before)
+                draw_all(cluster, todo, common, out, there, failed, before, values.timeout or math.inf)
     except Stopped as error:
         code = 1
         fail(str(error))
@@ -210,6 +209,7 @@ def draw_all(
     there: dict[str, dict[str, Any]],
     failed: dict[str, str],
     before: int,
+    limit: float,
 ) -> None:
     """Draws them, shows how far it is, and enters each into `there`, or into `failed`, by its name."""
     from tqdm import tqdm
@@ -221,7 +221,7 @@ def draw_all(
         def say(text: str) -> None:
             bar.write(text, file=sys.stderr)
 
-        for done in cluster.draw(todo, common, out, lambda note: say(f"note: {note}")):
+        for done in cluster.draw(todo, common, out, lambda note: say(f"note: {note}"), limit):
             task, said = done.task, common | done.task.said
             for warning in done.warnings:
                 say(f"line {task.number}: warning: {warning}")

@@ -18,7 +18,8 @@ from zlib import crc32
 import psutil
 from PIL import Image, PngImagePlugin
 
-KEY = "rolling-diffusion"  # the PNG text chunk that holds the settings, as JSON
+from ..recording import KEY, as_json, chunk
+
 PLACES = (tempfile.gettempdir, Path.home, Path.cwd)  # where a file is kept that cannot be written where it was to be
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 # A file that is being written names the machine and the process that write it: others may write to the folder, too.
@@ -49,6 +50,14 @@ def check_target(path: Path, suffixes: Sequence[str] = ()) -> None:
         _part(target).unlink()
     except OSError as error:
         raise ValueError(f"cannot write {str(path)[:300]}: {error.strerror}") from None
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it; ValueError if it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {path}: {error.strerror}") from None
 
 
 def check_apart(targets: Mapping[str, Path | None]) -> None:
@@ -144,24 +153,16 @@ def _reason(error: OSError) -> str:
 
 
 def save_json(path: Path, content: Any) -> Path:
-    return put(path, lambda part: part.write_bytes(_json(content, indent=2) + b"\n"))
+    return put(path, lambda part: part.write_bytes(as_json(content, indent=2) + b"\n"))
 
 
 def save_json_lines(path: Path, rows: Iterable[Any]) -> Path:
-    return put(path, lambda part: part.write_bytes(b"".join(_json(row) + b"\n" for row in rows)))
+    return put(path, lambda part: part.write_bytes(b"".join(as_json(row) + b"\n" for row in rows)))
 
 
 def save_png(path: Path, image: Image.Image, record: dict[str, Any] | None = None, fresh: bool = False) -> Path:
     """A PNG; `record` goes into a text chunk that `read_record` finds again."""
-    info = PngImagePlugin.PngInfo()
-    if record is not None:
-        info.add_itxt(KEY, _json(record).decode())
-    return put(path, lambda part: image.save(part, format="PNG", pnginfo=info), fresh)
-
-
-def _json(content: Any, indent: int | None = None) -> bytes:
-    # Of a file's name that is no valid text, the odd bytes are written as JSON's own escapes.
-    return json.dumps(content, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return put(path, lambda part: image.save(part, format="PNG", pnginfo=chunk(record)), fresh)
 
 
 def read_record(path: Path) -> dict[str, Any]:

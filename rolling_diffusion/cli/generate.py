@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..defaults import CELL, TOKEN
+from ..defaults import LAST_SEED, nearest_side
+from . import ranks
 from .animation import SUFFIXES, Film, check_mp4, save_animation
-from .arguments import LAST_SEED, Parser, decimal, name_in, whole_number
+from .arguments import Parser, decimal, name_in, whole_number
 from .files import check_apart, check_target, free, read_picture, save_json, save_png
-from .model import DTYPES, EMBEDDED, QUANTIZERS, card_of, device_named, load, locate, lora, resolved, warnings_of
+from .model import DTYPES, EMBEDDED, QUANTIZERS, card_of, device_named, load_said, locate, lora, resolved, warnings_of
 from .replay import changed, record, replayed
 from .settings import GUIDE, PLAN_DEFAULTS, add_plan_options, check_room, complete, fitted, plan_of
 
@@ -116,47 +117,52 @@ class Job:
 
 def run(values: argparse.Namespace) -> int:
     job = prepare(values)
-    started = time.perf_counter()
+    with ranks.together(job.settings["device"]):
+        return draw_all(values, job)
+
+
+def draw_all(values: argparse.Namespace, job: Job) -> int:
+    """Draws the pictures of a job. Of several processes that do it together, the first one speaks, and writes files."""
+    started, first = time.perf_counter(), ranks.first()
     pipeline = load_for(job)
+    ranks.share(pipeline, job.settings["device"])
     loaded = time.perf_counter() - started
     if pipeline.card != job.card:  # a model without a card of ours has defaults of its own
         job = prepare(values, (job.folder, pipeline.card))
     settings = job.settings | resolved(pipeline, job.settings)
-    for warning in warnings_of(pipeline, settings["prompt"], settings["negative_prompt"]):
-        print(f"warning: {warning}", file=sys.stderr)
-    for note in notes(values, job, settings):
-        print(f"note: {note}", file=sys.stderr)
+    if first:
+        for warning in warnings_of(pipeline, settings["prompt"], settings["negative_prompt"]):
+            print(f"warning: {warning}", file=sys.stderr)
+        for note in notes(values, job, settings):
+            print(f"note: {note}", file=sys.stderr)
 
     pictures = []
     for number, output in enumerate(job.outputs):
         one = settings | {"seed": settings["seed"] + number}
-        film = Film(job.plan) if values.animation and number == 0 else None
+        film = Film(job.plan) if values.animation and number == 0 and first else None
         started = time.perf_counter()
         image = draw(pipeline, one, job, film)
-        seconds = time.perf_counter() - started
+        seconds, kept = time.perf_counter() - started, ranks.most(pipeline.memory_bytes)
+        if not first:
+            continue
+        if ranks.count() > 1:
+            size = f"{kept / 2**20:.2f} MiB"
+            print(f"note: memory of keys and values is {size} in each of {ranks.count()} processes", file=sys.stderr)
         file = save_png(output, image, record(job.said, one), fresh=values.output is None)
         print(file)
-        pictures.append({"file": str(file), "seed": one["seed"], "seconds": round(seconds, 3)})
+        took = {"seconds": round(seconds, 3), "memory_bytes": kept}
+        pictures.append({"file": str(file), "seed": one["seed"], **took})
         if film is not None:
             print(save_animation(values.animation, [*film.frames, image]))
-    if values.report:
+    if values.report and first:
         print(save_json(values.report, report(settings, job, pictures, loaded)))
     return 0
 
 
 def load_for(job: Job) -> Rolling:
     """The model that the job needs."""
-    settings = job.settings
-    return load(
-        job.folder,
-        settings["device"],
-        settings["dtype"],
-        variant=settings["variant"],
-        cpu_offload=settings["cpu_offload"] or False,
-        lora=dict(settings["lora"] or ()),
-        quantize=settings["quantize"],
-        start=None if job.image is None else "image" if job.mask is None else "mask",
-    )
+    start = None if job.image is None else "image" if job.mask is None else "mask"
+    return load_said(job.folder, job.settings, start)
 
 
 def notes(values: argparse.Namespace, job: Job, settings: dict[str, Any]) -> Iterator[str]:
@@ -196,7 +202,7 @@ def prepare(
     settings = complete(values, again, DEFAULTS, card)
     check_room(settings["width"], settings["height"])
     plan = plan_of(settings, card)
-    settings = fitted(settings, plan, card) | {"device": device_named(values.device or "auto")}
+    settings = fitted(settings, plan, card) | {"device": ranks.own(device_named(values.device or "auto"))}
     return Job(settings, frozenset({*said, "seed"}), plan, card, folder, outputs, image, mask)
 
 
@@ -239,11 +245,6 @@ def pictures_of(said: dict[str, Any]) -> tuple[Image.Image | None, Image.Image |
     return image, mask
 
 
-def nearest_side(pixels: int) -> int:
-    side = CELL * TOKEN
-    return max(side, round(pixels / side) * side)
-
-
 def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | None = None) -> Image.Image:
     """One picture; `film` is shown every frame."""
     import torch
@@ -262,7 +263,7 @@ def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | Non
     if "guide" in job.said:
         fit["guide"] = GUIDE[settings["guide"]]
     blocks = job.plan.blocks
-    bar = tqdm(total=job.plan.ticks, unit="call", leave=False, disable=None)
+    bar = tqdm(total=job.plan.ticks, unit="call", leave=False, disable=None if ranks.first() else True)
 
     def on_tick(tick: Tick) -> None:
         bar.total = tick.total
@@ -302,6 +303,7 @@ def report(settings: dict[str, Any], job: Job, pictures: list[dict[str, Any]], l
         "version": __version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
+        "processes": ranks.count(),
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
         "plan": asdict(job.plan),
         "cost": asdict(job.plan.cost(job.card.max_sequence_length)),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from .. import __version__
-from . import batch, evaluate, generate, plan, serve, train
+from . import batch, evaluate, generate, plan, ranks, serve, train
 from .arguments import Parser, fail, nearest
 from .files import Unwritten
 
@@ -73,22 +73,22 @@ def command(argv: list[str]) -> int:
         return 0
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
         return fail(f"there is no command {argv[0]!r}{nearest(argv[0], COMMANDS)}: choose from {', '.join(COMMANDS)}")
+    if argv[0] != "generate" and ranks.count() > 1:
+        return fail(f"torchrun has several processes draw one picture, with generate: {argv[0]} takes one process")
     try:
         values = parser.strict(argv)
         return values.run(values)
     except ValueError as error:
-        return fail(str(error))
+        return fail(str(error)) if ranks.first() else 2  # all processes of torchrun find the same
     except Unwritten as error:
         fail(str(error))
         return 1
     except (MemoryError, RuntimeError) as error:
-        # Named, not imported: most commands never need torch. Its allocator of main memory has no error of its own.
-        known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if not known and "can't allocate memory" not in str(error):
+        from ..pipeline.space import NONE_LEFT, OutOfMemory, ran_out  # not before: most commands never need torch
+
+        if not ran_out(error):
             raise
-        fail(
-            str(error) if type(error).__name__ == "OutOfMemoryError" else "Out of memory: a smaller canvas needs less."
-        )
+        fail(str(error) if isinstance(error, OutOfMemory) else NONE_LEFT)
         return 1
     except SystemExit as stop:  # of argparse: its help, or its errors
         return int(stop.code or 0)

@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,9 +152,7 @@ def cut_off(tokenizer: Any, prompt: str, limit: int) -> str:
 def warnings_of(pipeline: Rolling, *texts: str) -> list[str]:
     """What the model will not read of its prompts: words that it does not know, and what is beyond its length."""
     said = []
-    names = ("tokenizer_2", "tokenizer_3", "tokenizer")  # of the text that is attended to: Flux's, SD3's, and others'
-    tokenizer = next((t for name in names if (t := getattr(pipeline.pipe, name, None)) is not None), None)
-    limit = pipeline.card.max_sequence_length
+    tokenizer, limit = pipeline.tokenizer, pipeline.card.max_sequence_length
     if tokenizer is None:
         return []
     unknown = unknown_words(tokenizer, " ".join(texts))
@@ -193,6 +192,20 @@ def load(folder: str, device: str, dtype: str, **options: Any) -> Rolling:
         pipeline = read(folder, None if dtype == "auto" else getattr(torch, dtype), device, **options)
     pipeline.set_progress_bar_config(disable=True)
     return roll(pipeline)
+
+
+def load_said(folder: str, said: Mapping[str, Any], start: str | None = None) -> Rolling:
+    """The same, as the options of a model say it. start: what pictures start from, as `pipeline.load` names it."""
+    return load(
+        folder,
+        device_named(said["device"] or "auto"),
+        said["dtype"] or "auto",
+        variant=said["variant"],
+        cpu_offload=said["cpu_offload"] or False,
+        lora=dict(said["lora"] or ()),
+        quantize=said["quantize"],
+        start=start,
+    )
 
 
 def resolved(pipeline: Rolling, settings: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from ..recording import MACHINE
+from ..recording import record as recorded
 from .arguments import Parser
 from .files import read_record
 from .model import EMBEDDED, REPOSITORY, base_name, found
 
-MACHINE = ("device", "dtype", "cpu_offload")
 NAMES = ("model", "image", "mask")  # of files
 # Pictures of version 0.1.0 recorded all settings as one, resolved. Of theirs, what may have been fitted to one of these
 # is not said again where one of these is said anew.
@@ -38,16 +38,11 @@ OLD = {
 def record(said: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept in a picture. said: names of what the user said, now or for the picture before;
     settings: everything, resolved."""
-    shown = {name: _shown(name, value) for name, value in settings.items()}
-    return {
-        "version": __version__,
-        "said": {name: shown[name] for name in said if name in shown and name not in MACHINE},
-        "fitted": {name: value for name, value in shown.items() if name not in {*said, *MACHINE}},
-        "machine": {name: shown[name] for name in MACHINE if name in shown},
-    }
+    return recorded(said, {name: shown(name, value) for name, value in settings.items()})
 
 
-def _shown(name: str, value: Any) -> Any:
+def shown(name: str, value: Any) -> Any:
+    """A setting as it is recorded: of a file, its name alone."""
     if name in NAMES and value is not None:
         return base_name(str(value))
     if name == "lora" and value:
@@ -82,7 +77,7 @@ def changed(path: Path, values: argparse.Namespace, settings: Mapping[str, Any])
         getattr(values, name, None) is not None for name in {*settings} - {"seed", *MACHINE}
     ):
         return {}
-    now = {name: _shown(name, value) for name, value in settings.items()}
+    now = {name: shown(name, value) for name, value in settings.items()}
     return {name: (old, now[name]) for name, old in then.items() if name in now and now[name] != old}
 
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import logging.config
 import os
+import signal
 import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .arguments import Parser, whole_number
+from .arguments import Parser, needs, whole_number
 from .generate import add_model_options
-from .model import EMBEDDED, base_name, card_of, device_named, load, locate, quiet
+from .model import EMBEDDED, base_name, card_of, load_said, locate, quiet
+from .replay import shown
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 KEY = "ROLLING_DIFFUSION_API_KEY"
-NEEDS = "serve needs packages of its own: run pip install 'autoregressive-rolling-diffusion[serve]'"
+OF_MODEL = ("variant", "device", "dtype", "cpu_offload", "lora", "quantize")
 
 
 def add_options(parser: Parser) -> None:
@@ -23,6 +31,7 @@ def add_options(parser: Parser) -> None:
     add("--port", type=whole_number(0, 65535), default=8000, metavar="N", help="0 takes a free one (default: 8000)")
     add("--api-key", metavar="KEY", help=f"that callers bring; better said as {KEY} in the environment")
     add("--output", type=Path, metavar="FOLDER", help="write pictures here, so that response_format may be url")
+    add("--replicas", type=whole_number(1), metavar="N", help="models that draw at a time, on Ray Serve, a GPU each")
     add("--queue", type=whole_number(1), default=32, metavar="N", help="requests that may stand in line (default: 32)")
     add("--max-n", type=whole_number(1), metavar="N", help="pictures of one request (default: 10)")
     add("--max-steps", type=whole_number(1), metavar="N", help="steps of one picture (default: 100)")
@@ -38,7 +47,7 @@ def run(values: argparse.Namespace) -> int:
         import python_multipart  # noqa: F401
         import uvicorn
     except ImportError:
-        raise ValueError(NEEDS) from None
+        raise ValueError(needs("serve", "serve")) from None
     key = values.api_key if values.api_key is not None else os.environ.get(KEY)
     if key is not None and not key.strip():
         raise ValueError("the key is empty: name one, or leave --api-key out")
@@ -49,30 +58,63 @@ def run(values: argparse.Namespace) -> int:
     folder = locate(values.model or EMBEDDED)
     card_of(folder)  # refuses a card that is wrong before the model is loaded
     with listen(values.host, values.port) as listener:
-        quiet()
-        from ..serve import Limits, Studio, make_app
-
-        pipeline = load(
-            folder,
-            device_named(values.device or "auto"),
-            values.dtype or "auto",
-            variant=values.variant,
-            cpu_offload=values.cpu_offload or False,
-            lora=dict(values.lora or ()),
-            quantize=values.quantize,
-        )
-        studio = Studio(pipeline, base_name(values.model or EMBEDDED), values.queue, bool(values.cpu_offload))
-        named = {name: getattr(values, f"max_{name}") for name in ("n", "steps", "pixels", "calls")}
-        limits = replace(Limits.of(studio.card), **{name: most for name, most in named.items() if most is not None})
-        app = make_app(studio, limits=limits, key=key, folder=values.output)
         host, port = listener.getsockname()[:2]
-        print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        if values.replicas is not None:
+            listener.close()  # Ray Serve opens it anew
+            return serve_replicas(values, key, folder, host, port, url)
+        app = application(values, key, folder)
+        print(f"listening on {url}", flush=True)
         # Its own log of requests would hold their queries. Whoever waits when it is told to stop, waits no longer.
         config = uvicorn.Config(
             app, access_log=False, log_config=LOGS, timeout_graceful_shutdown=1, server_header=False, lifespan="on"
         )
         uvicorn.Server(config).run(sockets=[listener])
     return 0
+
+
+def application(values: argparse.Namespace, key: str | None, folder: str) -> FastAPI:
+    """What is served, around a model that is loaded now."""
+    quiet()
+    from ..serve import Limits, Studio, make_app
+
+    pipeline = load_said(folder, vars(values))
+    name = base_name(values.model or EMBEDDED)
+    said = {key: shown(key, value) for key in ("variant", "lora", "quantize") if (value := getattr(values, key))}
+    studio = Studio(pipeline, name, values.queue, bool(values.cpu_offload), {"model": name, **said})
+    named = {name: getattr(values, f"max_{name}") for name in ("n", "steps", "pixels", "calls")}
+    limits = replace(Limits.of(studio.card), **{name: most for name, most in named.items() if most is not None})
+    return make_app(studio, limits=limits, key=key, folder=values.output)
+
+
+def serve_replicas(values: argparse.Namespace, key: str | None, folder: str, host: str, port: int, url: str) -> int:
+    """The same application in several processes, behind Ray Serve's proxy."""
+    from .replicas import served
+
+    if values.device not in (None, "auto", "cpu", "cuda"):
+        raise ValueError(f"--device {values.device} names one device, and replicas take one each: say cuda, or cpu")
+    names = ("model", "queue", "max_n", "max_steps", "max_pixels", "max_calls", *OF_MODEL)  # not how to run it
+    said = argparse.Namespace(**{name: getattr(values, name) for name in names})
+    said.output = None if values.output is None else values.output.resolve()
+    where = str(Path(folder).resolve()) if Path(folder).exists() else folder
+
+    def make() -> FastAPI:
+        logging.config.dictConfig(LOGS)
+        return application(said, key, where)
+
+    with served(make, values.replicas, values.device or "auto", host, port, values.queue):
+        print(f"listening on {url}", flush=True)
+        wait_for_the_end()
+    return 0
+
+
+def wait_for_the_end() -> None:
+    """Returns when the program is told to stop, as uvicorn would."""
+    told = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: told.set())
+    while not told.wait(1):  # a wait without an end would hear no signal on Windows
+        pass
 
 
 def is_loopback(host: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.order import ORDERS
 from ..core.plan import Plan
-from ..defaults import CELL, EVERYWHERE, TOKEN, Card, plan_for
+from ..defaults import CELL, EVERYWHERE, SIDE, TOKEN, Card, plan_for
 from .arguments import Parser, decimal, name_in, number_or, seed, whole_number
 
 PLAN_DEFAULTS: dict[str, Any] = {
@@ -85,11 +85,10 @@ def complete(
 
 def check_side(name: str, pixels: int) -> None:
     """ValueError unless `pixels` is a multiple of a token's side, 16."""
-    side = CELL * TOKEN
-    if pixels % side:
-        low = pixels // side * side
-        nearby = f"{low} or {low + side}" if low else f"{side}"
-        raise ValueError(f"--{name} is {pixels} pixels, and must be a multiple of {side}: take {nearby}")
+    if pixels % SIDE:
+        low = pixels // SIDE * SIDE
+        nearby = f"{low} or {low + SIDE}" if low else f"{SIDE}"
+        raise ValueError(f"--{name} is {pixels} pixels, and must be a multiple of {SIDE}: take {nearby}")
 
 
 def check_room(width: int, height: int) -> None:

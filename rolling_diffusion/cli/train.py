@@ -8,6 +8,7 @@ from pathlib import Path
 from ..train import MINUTES, STAGES
 from ..train import run as train
 from .arguments import Parser, decimal, seed, whole_number
+from .files import make_folder
 from .model import device_named
 
 
@@ -32,10 +33,7 @@ def run(values: argparse.Namespace) -> int:
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"training needs torch 2.9 or newer, and this is torch {torch.__version__}")
     for folder in (values.output, values.work):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+        make_folder(folder)
     train(
         values.output,
         values.work,

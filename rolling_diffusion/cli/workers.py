@@ -6,6 +6,7 @@ A worker that dies is replaced, and its picture given to the next: a picture is 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import secrets
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .arguments import needs
 from .files import Unwritten, check_target, save_png
 from .generate import SETTINGS, draw, load_for, prepare
 from .model import resolved, warnings_of
@@ -25,6 +27,10 @@ from .replay import record
 TRIES = 3  # workers that one picture, or one place to work at, may lose
 PATIENCE = 60  # seconds without any worker, after which is said what is waited for
 STORE = 80 * 2**20  # bytes that Ray keeps for what tasks pass on: here a few words
+
+
+class Hung(Exception):
+    """Why a worker is given up that has not ended."""
 
 
 class Stopped(Exception):
@@ -69,15 +75,13 @@ class Worker:
             check_target(self.out / "picture.png", (".png",))
             job = prepare(namespace(common, said), outputs=[])
             self.folder, self.pipeline = job.folder, load_for(job)
-        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
-            return f"{error} (on {platform.node()})"
+        except Exception as error:
+            return f"{sentence(error)} (on {platform.node()})"
         return None
 
     def draw(self, said: dict[str, Any], name: str) -> dict[str, Any]:
         """Draws and writes a picture. What is wrong with the line, or too large, is its error; whatever else goes wrong
         is the worker's: it is raised, and ends it."""
-        import torch
-
         values, file = namespace(self.common, said), self.out / name
         try:
             job = prepare(values, (self.folder, self.pipeline.card), outputs=[])
@@ -86,8 +90,8 @@ class Worker:
             started = time.perf_counter()
             image = draw(self.pipeline, settings, job)
             seconds = round(time.perf_counter() - started, 3)
-        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
-            return {"error": " ".join(str(error).split()) or type(error).__name__}
+        except Exception as error:
+            return {"error": sentence(error)}
         try:
             save_png(file, image, record(job.said, settings) | {"seconds": seconds})
         except Unwritten as error:
@@ -95,15 +99,33 @@ class Worker:
         return {"seconds": seconds, "warnings": [warning.partition(". It knows:")[0] for warning in warnings]}
 
 
+def sentence(error: Exception) -> str:
+    """What is wrong with a line or the model, or too large; any other error is the worker's, and is raised."""
+    from ..pipeline.space import NONE_LEFT, OutOfMemory, ran_out
+
+    if not isinstance(error, ValueError) and not ran_out(error):
+        raise error
+    return " ".join(str(error).split()) if isinstance(error, (ValueError, OutOfMemory)) else NONE_LEFT
+
+
 def ray() -> Any:
     """The library; ValueError where it is not installed."""
     try:
         import ray
     except ImportError:
-        raise ValueError(
-            "batch needs Ray: pip install 'autoregressive-rolling-diffusion[batch]', or pip install ray"
-        ) from None
+        raise ValueError(needs("batch", "batch")) from None
     return ray
+
+
+def settle(local: bool) -> None:
+    """What Ray reads from the environment as it is imported. local: for a cluster of our own."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if local:
+        # Else Ray's servers would listen to every network that the machine is on.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Other users of this machine could reach it still: they would need this word, which no file holds.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once in a process
 
 
 def check_reach(address: str) -> None:
@@ -118,25 +140,28 @@ def check_reach(address: str) -> None:
 class Cluster:
     """Ray, started here for as long as this lasts, or joined; and the workers on it."""
 
-    def __init__(self, address: str | None, workers: int | None, gpus: float | None, cpus: int | None, device: str):
+    def __init__(
+        self,
+        address: str | None,
+        workers: int | None,
+        gpus: float | None,
+        cpus: int | None,
+        device: str,
+        echo: bool = False,
+    ):
         """workers: None for one on each GPU, and one where there is none. gpus, cpus: of a worker; None for one GPU,
-        where there are any, and for this machine's threads, shared out. ValueError, where it cannot be so."""
+        where there are any, and for this machine's threads, shared out. echo: what workers print is printed here.
+        ValueError, where it cannot be so."""
         import torch
 
         local = address is None
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        if local:
-            # Else Ray's servers would listen to every network that the machine is on. Read when Ray is imported.
-            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-            # Other users of this machine could reach it still: they would need this word, which no file holds.
-            os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray reads it once in a process
-        elif address.startswith("ray://"):
+        settle(local)
+        if address is not None and address.startswith("ray://"):
             raise ValueError(f"--ray-address {address} is of Ray's client: run batch on a machine of the cluster")
-        elif address != "auto":
+        if address not in (None, "auto"):
             check_reach(address)
         self.ray = ray()
-        quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+        quiet = {"log_to_driver": echo, "logging_level": "ERROR", "configure_logging": False}
         try:
             if not local:
                 self.ray.init(address=address, **quiet)
@@ -175,44 +200,57 @@ class Cluster:
         self.ray.shutdown()
 
     def draw(
-        self, tasks: Sequence[Task], common: dict[str, Any], out: Path, note: Callable[[str], None]
+        self,
+        tasks: Sequence[Task],
+        common: dict[str, Any],
+        out: Path,
+        note: Callable[[str], None],
+        limit: float = math.inf,
     ) -> Iterator[Done]:
-        """Has the workers draw all tasks, each as soon as one is free. Unwritten where a picture could not be written;
+        """Has the workers draw all tasks, each as soon as one is free. limit: seconds of one picture, after which its
+        worker is taken for hung, and replaced as one that died. Unwritten where a picture could not be written;
         Stopped where no worker is left."""
         if not tasks:
             return
         kind = self.ray.remote(Worker).options(num_cpus=self.cpus, num_gpus=self.gpus)
         todo, tries = deque(tasks), Counter()
         idle: list[Any] = []
-        busy: dict[
-            Any, tuple[Any, Task | None]
-        ] = {}  # by what is waited for: a worker, and its task, or None: it loads
+        # By what is waited for: a worker, its task, or None as it loads, and when that has to be done.
+        busy: dict[Any, tuple[Any, Task | None, float]] = {}
         lost, ready, patience = 0, False, PATIENCE
         unfit: list[str] = []  # why workers could not load the model
 
         def hire() -> None:
             worker = kind.remote()
-            busy[worker.load.remote(common, tasks[0].said, str(out), self.cpus)] = worker, None
+            busy[worker.load.remote(common, tasks[0].said, str(out), self.cpus)] = worker, None, math.inf
 
         for _ in range(min(self.count, len(tasks))):
             hire()
-        while todo or any(task for _, task in busy.values()):
+        while todo or any(task for _, task, _ in busy.values()):
             while idle and todo:
                 worker, task = idle.pop(), todo.popleft()
-                busy[worker.draw.remote(task.said, task.name)] = worker, task
+                busy[worker.draw.remote(task.said, task.name)] = worker, task, time.monotonic() + limit
             if not busy:
                 raise Stopped(unfit[-1])
             while ready and unfit:
                 note(f"a worker could not start, and the others go on: {unfit.pop()}")
-            found, _ = self.ray.wait(list(busy), timeout=patience)
-            if not found:
+            end = min(until for _, _, until in busy.values())
+            pause = patience if end == math.inf else max(0.0, end - time.monotonic())
+            found, _ = self.ray.wait(list(busy), timeout=pause)
+            late = [each for each, (_, _, until) in busy.items() if until <= time.monotonic()] if not found else []
+            if not found and end < math.inf and not late:  # woken a moment too early
+                continue
+            if not found and not late:
                 note(f"no worker has loaded its model for {PATIENCE} seconds; {self.wanted()}")
                 patience = None
                 continue
-            worker, task = busy.pop(found[0])
+            done = (found or late)[0]
+            worker, task, _ = busy.pop(done)
             try:
-                answer = self.ray.get(found[0])
-            except self.ray.exceptions.RayError as error:  # the worker is gone, or broken
+                if late:
+                    raise Hung(f"it took more than {limit:g} seconds")
+                answer = self.ray.get(done)
+            except (self.ray.exceptions.RayError, Hung) as error:  # the worker is gone, broken, or hung
                 self.ray.kill(worker)
                 if task is None:
                     lost += 1

@@ -99,6 +99,16 @@ class Memory:
         """Tokens stored now, finished and waiting."""
         return sum(_tokens(layers) for blocks in self._stored.values() for layers in blocks.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are stored now."""
+        return sum(
+            key.nbytes + value.nbytes
+            for blocks in self._stored.values()
+            for layers in blocks.values()
+            for key, value in layers.values()
+        )
+
     def view(self, moving: Sequence[Block], waiting: bool = True, free: bool = True) -> View | None:
         """What the blocks in motion see, never themselves; None if nothing. waiting=False: finished blocks only.
 

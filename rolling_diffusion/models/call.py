@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..core.memory import View
 from ..defaults import check_text_level
+from .shares import Shares
 
 Slot = tuple[dict, str, Any]  # a dictionary, a key, and what stands there during a call
 Sink = Callable[[int, Tensor, Tensor], object]  # takes a layer's number, keys and values (B, tokens, heads, dim)
@@ -59,11 +60,18 @@ class Layer:
     No layer number is read and no choice is made in compiled code: blocks would be compiled again for each.
     """
 
-    def __init__(self, text: int, refs: int, text_first: bool, index: Tensor | None, bias: Tensor | None):
+    def __init__(
+        self, text: int, refs: int, text_first: bool, index: Tensor | None, bias: Tensor | None, shares: Shares | None
+    ):
+        self.shares = shares
+        if shares is not None:
+            index, text = shares.own(index), shares.text
         self.index = index
         self.joint = None if index is None else F.pad(index, (text, 0))  # text tokens take row 0
         # The canvas's tokens among a call's, to be kept; counted so that they are the same in calls of any size.
-        self.canvas = slice(text, -refs or None) if text_first else slice(None, -text or None)
+        self.canvas: Any = slice(text, -refs or None) if text_first else slice(None, -text or None)
+        if shares is not None:
+            self.canvas = shares.canvas
         self.bias = bias  # (1, 1, 1, all keys) added to the logits
         self.past: Callable[[], tuple[Tensor, Tensor]] | tuple[Tensor, Tensor] | None = None
         self.sink: Callable[[Tensor, Tensor], object] | None = None
@@ -87,6 +95,9 @@ class Layer:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         """Attention over the call's own tokens and memory, all (B, tokens, heads, dim); keeps the canvas's keys."""
+        if self.shares is not None:
+            query, key, value = self.shares.heads(query, key, value)
+            options["parallel_config"] = None  # here diffusers would exchange what has been exchanged
         if self.sink is not None:
             self.sink(key[:, self.canvas], value[:, self.canvas])
         elif self.keeps:
@@ -98,7 +109,8 @@ class Layer:
             if self.bias is not None:
                 mask = self.bias.to(query.dtype)
                 options["backend"] = AttentionBackendName.NATIVE  # most others take no mask
-        return dispatch_attention_fn(query, key, value, attn_mask=mask, **options)
+        attended = dispatch_attention_fn(query, key, value, attn_mask=mask, **options)
+        return attended if self.shares is None else self.shares.tokens(attended)
 
 
 def tap(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any) -> Tensor:
@@ -188,10 +200,18 @@ class Call:
     """One rolling call in the making: what its parts must know of it."""
 
     def __init__(
-        self, text: int, image: int, refs: int, text_first: bool, levels: Levels, view: View | None, places: Any
+        self,
+        text: int,
+        image: int,
+        refs: int,
+        text_first: bool,
+        levels: Levels,
+        view: View | None,
+        places: Any,
+        shares: Shares | None,
     ):
         self.text, self.image, self.refs, self.text_first = text, image, refs, text_first
-        self.levels, self.view, self.places = levels, view, places
+        self.levels, self.view, self.places, self.shares = levels, view, places, shares
         self.layers: list[Layer] = []
         self.plain = self.layer(text)  # for what knows of levels alone
         self.sink: Sink | None = None
@@ -201,7 +221,7 @@ class Call:
         bias = None
         if self.view is not None and self.view.bias is not None:
             bias = F.pad(self.view.bias, (text + self.image, 0))[None, None, None]
-        return Layer(text, self.refs, self.text_first, self.levels.index, bias)
+        return Layer(text, self.refs, self.text_first, self.levels.index, bias, self.shares)
 
     def attention(self, text: int | None = None) -> Layer:
         """For the next attention of the model, in the order in which they are met; text: its tokens of text."""
@@ -246,7 +266,9 @@ def run(
     places = tokens.to(chosen["hidden_states"].device), *size
     if refs and levels.index is not None:  # references take the text's level
         levels = Levels(levels.timesteps, F.pad(levels.index, (0, refs)))
-    call = Call(family.text_tokens(chosen), family.image_tokens(chosen), refs, family.text_first, levels, view, places)
+    text, image = family.text_tokens(chosen), family.image_tokens(chosen)
+    shares = Shares.of(model, text, image, refs)
+    call = Call(text, image, refs, family.text_first, levels, view, places, shares)
     call.sink = sink
     # Compiled code is handed plain tensors, and gives plain tensors back.
     compiled = [transformer, *family.blocks(model)]
@@ -257,7 +279,10 @@ def run(
     )
     if call.compiled:  # for the kinds of calls: with and without levels, memory, weights of memory, keeping
         dynamo.cache_size_limit = max(dynamo.cache_size_limit, 32)  # newer releases of torch: recompile_limit, too
-    with swapped(family.swaps(model, call)):
+        if shares is not None:
+            raise ValueError("a compiled transformer on several devices is not known to roll: leave torch.compile out")
+    slots = [] if shares is None else [shares.slots(model)]
+    with swapped([*slots, *family.swaps(model, call)]):
         answer = transformer(**chosen, **more, timestep=levels.timesteps, return_dict=False)
     if sink is not None and call.compiled:
         for i, layer in enumerate(call.layers):

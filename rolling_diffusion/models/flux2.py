@@ -70,8 +70,7 @@ class Flux2(Family):
         if request.get("kv_cache_mode") is not None:
             raise ValueError("a cache of the references' keys cannot be combined with rolling: take Flux2KleinPipeline")
         tokens = self.with_references(tokens, request, height, width)
-        ids = ids[0] if ids.ndim == 3 else ids
-        return request | {"hidden_states": x[:, tokens], "img_ids": ids[tokens]}
+        return request | {"hidden_states": x[:, tokens], "img_ids": ids[..., tokens, :]}
 
     def blocks(self, model: Any) -> Iterable[Any]:
         return [*model.transformer_blocks, *model.single_transformer_blocks]

@@ -19,11 +19,13 @@ from ..core.plan import Plan
 from ..defaults import Card, check_text_level, plan_for
 from ..models.call import swapped, unwrapped
 from ..models.registry import family_of
+from ..models.shares import degree
+from ..models.shares import refusal as refused_shares
 from .given import Source
 from .guidance import decide
 from .run import Run, Scheduler, Tick, Transformer
 from .schedulers import choose, take_levels
-from .space import OutOfMemory, out_of_memory, place_memory
+from .space import NONE_LEFT, OutOfMemory, out_of_memory, place_memory, ran_out
 from .stream import Strip, stream
 
 # What is said to a pipeline, and asked of it, while it is called: of the user's own, by a stop button or a step cache.
@@ -55,6 +57,7 @@ class Rolling:
         found = card_of(pipe) if card is None else card
         self.has_card = found is not None
         self.card = found if isinstance(found, Card) else Card.of(self._defaults() if found is None else found)
+        self.memory_bytes = 0  # of keys and values, that the last call held at most, in this process
 
     @torch.no_grad()
     def __call__(
@@ -120,7 +123,7 @@ class Rolling:
         spoken = dict(said)
         pipe, card, family = self.pipe, self.card, self.family
         model = unwrapped(pipe.transformer)
-        refused = family.refusal(model) or _refusal(model)
+        refused = family.refusal(model) or _refusal(model) or refused_shares(model)
         text_level = card.text_level if text_level is None else text_level
         noise = card.context_noise if context_noise is None else context_noise
         check_levels(text_level, noise)
@@ -130,6 +133,8 @@ class Rolling:
         generator = said.get("generator")
         draws = generator if isinstance(generator, (list, tuple)) else [] if generator is None else [generator]
         seeds = [g.initial_seed() for g in draws] or None
+        if degree(model) > 1:
+            refused = refused or _refused_together(pipe, seeds)
 
         def make_plan(height: int, width: int, calls: int, each: int) -> Plan:
             plan = plan_for(
@@ -209,16 +214,25 @@ class Rolling:
         try:
             with swapped((vars(pipe), name, None) for name in LIVE):
                 return type(pipe).__call__(stand_in, **said)
-        except OutOfMemory:
-            if run._plan is None or run._plan.alone:
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
                 raise
-            plan = run._plan
+            plan = None if run._plan is None or run._plan.alone else run._plan
+            if plan is None and isinstance(error, OutOfMemory):
+                raise
         finally:
+            self.memory_bytes = run.most_bytes
             run.clear()
             if not hooked:  # the pipeline leaves one, empty, for step caches
                 vars(model).pop("_diffusers_hook", None)
         del run, stand_in  # no frame of the run is alive and holds what it held
-        raise out_of_memory(plan, kept[0])
+        raise OutOfMemory(NONE_LEFT) if plan is None else out_of_memory(plan, kept[0])
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of the text that is attended to, by Flux's, SD 3's, and others' names; None without one."""
+        names = ("tokenizer_2", "tokenizer_3", "tokenizer")
+        return next((found for name in names if (found := getattr(self.pipe, name, None)) is not None), None)
 
     def stream(
         self,
@@ -407,8 +421,15 @@ def _refusal(model: Any) -> str | None:
             "a step cache is enabled on the transformer, and would answer for tokens that it was not asked for: call "
             "transformer.disable_cache(), or roll with lag=0"
         )
-    if getattr(model, "_parallel_config", None) is not None:
-        return "the transformer runs on several devices, and memory is kept on one: roll with lag=0"
+    return None
+
+
+def _refused_together(pipe: Any, seeds: Any) -> str | None:
+    """What several processes with one call between them cannot do."""
+    if seeds is None:
+        return "each process would draw noise of its own: give a generator, with the same seed in each"
+    if getattr(pipe, "controlnet", None) is not None:
+        return "what a ControlNet adds is not shared out over several devices: run it on one"
     return None
 
 

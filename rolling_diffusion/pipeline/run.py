@@ -235,6 +235,7 @@ class Run:
         self.draft = 0  # steps in which all blocks are at one level
         self.tick = self.branch = 0  # the tick that runs, and how often the transformer has been asked in it
         self.memories: list[Memory] = []  # one for each time that the transformer is asked in a tick
+        self.most_bytes = 0  # that these have held
         self.steppers: dict[int, Any] = {}  # the schedulers of the blocks in motion
         self.finished: list[int] = []  # blocks to be committed
         self.starting: tuple[int, Sequence[int]] | None = None  # a block, and those to be stored as it starts
@@ -346,6 +347,8 @@ class Run:
             assert self.control is not None
             more = self.control.residuals(indices, times, kind)
         answer = self.call(self.family, self.transformer, request, memory, indices, times, kind, **more)[0]
+        if kind is not None:
+            self.most_bytes = max(self.most_bytes, sum(memory.nbytes for memory in self.all_memories))
         places = self.layout(tuple(indices), tuple(times), answer.device)[3]
         return self.family.parts(answer, [self.blocks[g] for g in indices], places)
 
@@ -583,9 +586,13 @@ class Run:
         blocks = tuple(self.blocks[g] for g in moving)
         self.on_tick(Tick(self.tick, plan.ticks, blocks, tuple(sigmas), self.guess.clone(), cells))
 
+    @property
+    def all_memories(self) -> list[Memory]:
+        return [*self.memories, *(self.control.memories if self.control else ())]
+
     def clear(self) -> None:
         """Free the memory."""
-        for memory in [*self.memories, *(self.control.memories if self.control else ())]:
+        for memory in self.all_memories:
             memory.clear()
 
 

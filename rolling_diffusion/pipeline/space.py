@@ -8,18 +8,29 @@ import torch
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 
 from ..core.plan import Plan
+from ..models.shares import degree
 
 OutOfMemory: Any = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+NONE_LEFT = "Out of memory: a smaller canvas needs less."
 SPARE = 2 * 2**30  # bytes, for the activations of a call
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether an error is that memory ran out: torch's allocator of main memory has none of its own."""
+    return isinstance(error, (MemoryError, OutOfMemory)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def memory_bytes(transformer: Any, tokens: int, batch: int, dtype: torch.dtype) -> int:
-    """What so many tokens of memory take: a key and a value per layer; FLUX.1-dev: 0.70 MB a token in bfloat16."""
+    """What so many tokens of memory take: a key and a value per layer; FLUX.1-dev: 0.70 MB a token in bfloat16.
+
+    Of processes that share a transformer, each has its own heads' part."""
     config = transformer.config
     width = config.num_attention_heads * config.attention_head_dim
     # SD 3 has no single blocks; in 3.5 some blocks attend twice.
     layers = config.num_layers + config.get("num_single_layers", 0) + len(config.get("dual_attention_layers", ()))
-    return 2 * tokens * layers * width * batch * torch.finfo(dtype).bits // 8
+    return 2 * tokens * layers * width * batch * torch.finfo(dtype).bits // 8 // degree(transformer)
 
 
 def place_memory(

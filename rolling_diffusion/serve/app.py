@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -34,6 +35,7 @@ PAGES = {
     "/page.js": ("page.js", "text/javascript"),
 }
 FORMS = 4  # that are read, and whose pictures are decoded, at a time: so many uploads are in memory at most
+NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")  # of a picture, in its URL; none that can be guessed
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -63,7 +65,6 @@ def make_app(
         "rolling": {"size": card.size, "steps": card.steps, "orders": [*ORDERS], "most_pixels": limits.pixels},
     }
     forms = asyncio.Semaphore(FORMS)
-    written: dict[str, Path] = {}  # by the name in their URL
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -96,10 +97,9 @@ def make_app(
     def link(folder: Path, job: Job, picture: Finished, request: Request) -> str:
         name = f"{secrets.token_hex(16)}.{job.fields.output_format}"
         path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{picture.seed}-{name}"
-        part = path.with_name(f".{name}.part")
+        part = path.with_name(f".{name}.part")  # no picture yet
         part.write_bytes(picture.content)
         os.replace(part, path)
-        written[name] = path
         return str(request.url_for("picture", name=name))
 
     async def answer(request: Request, job: Job) -> Response:
@@ -144,9 +144,13 @@ def make_app(
 
     @app.get("/pictures/{name}")
     async def picture(name: str) -> Response:
-        if name not in written:  # the only paths that are opened are those of pictures made here
+        # No path is made of what a request says: it is one of those in the folder, or none. Of all processes' pictures.
+        path = None
+        if folder is not None and NAME.fullmatch(name):
+            path = await asyncio.to_thread(lambda: next(folder.glob(f"*-{name}"), None))
+        if path is None:
             raise Refusal("There is no such picture.", 404)
-        return FileResponse(written[name])
+        return FileResponse(path)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..core.order import ORDERS
-from ..defaults import EVERYWHERE
+from ..defaults import EVERYWHERE, LAST_SEED
 
-LAST_SEED = 2**64 - 1  # of torch's generators
 LONGEST = 32_000  # letters of a prompt, as with OpenAI
 MOST_FRAMES = 60
 # Share of the model's own steps that a quality takes, unless steps says how many.

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.plan import Plan
-from ..defaults import CELL, TOKEN, Card, plan_for
+from ..defaults import CELL, LAST_SEED, SIDE, TOKEN, Card, nearest_side, plan_for
+from ..recording import record
 from .errors import Refusal, wrong_value
-from .fields import LAST_SEED, QUALITY, Edit, Generation
+from .fields import QUALITY, Edit, Generation
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SIDE = CELL * TOKEN  # pixels that a side is a multiple of
+
+# Fields that `generate` has under the same names.
+AS_GENERATE = ("prompt", "negative_prompt", "order", "window", "overlap", "draft", "lookahead", "lag", "cfg", "steps")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,29 @@ class Job:
         )
 
 
+def recorded(job: Job, number: int, model: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file of picture `number` says of it, in the words of `generate`. model: what is said of the model.
+
+    Of pictures to start from is known that they were there, and no name: `generate --from` asks for them.
+    """
+    fields, plan = job.fields, job.plan(number)
+    said = {name: getattr(fields, name) for name in AS_GENERATE if name in fields.model_fields_set}
+    said |= {"seed": job.seed + number, **model}
+    if "attention_persistence" in fields.model_fields_set:
+        said["persistence"] = fields.attention_persistence
+    if fields.lookahead == "auto":
+        said.pop("lookahead", None)
+    if job.steps != job.card.steps:
+        said["steps"] = job.steps
+    if fields.sides is not None:
+        said |= {"width": job.width, "height": job.height}
+    said |= {name: "what was sent" for name, there in (("image", job.image), ("mask", job.mask)) if there is not None}
+    if job.strength is not None:
+        said["strength"] = job.strength
+    followed = {"width": job.width, "height": job.height, "steps": job.steps, "window": plan.window}
+    return record(said, followed | {"overlap": plan.overlap} | said)
+
+
 def make_job(
     fields: Generation,
     card: Card,
@@ -128,7 +155,7 @@ def _size(fields: Generation, card: Card, limits: Limits, image: Image.Image | N
     elif image is None:
         width = height = card.size
     else:
-        width, height = (max(SIDE, round(side / SIDE) * SIDE) for side in image.size)
+        width, height = map(nearest_side, image.size)
     if not width or not height or width % SIDE or height % SIDE:
         raise wrong_value("size", f"both sides must be multiples of {SIDE}")
     if width * height > limits.pixels:

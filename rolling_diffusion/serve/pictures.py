@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from typing import Any
 
 from PIL import Image, ImageOps
 
+from ..recording import chunk
 from .errors import Refusal, wrong_picture
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -43,9 +46,11 @@ def scaled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def encoded(image: Image.Image, kind: str, quality: int | None = None) -> bytes:
-    """A file of a picture; kind: png, jpeg or webp; quality: of the latter two, 0 to 100."""
+def encoded(
+    image: Image.Image, kind: str, quality: int | None = None, record: Mapping[str, Any] | None = None
+) -> bytes:
+    """A file of a picture; kind: png, jpeg or webp; quality: of the latter two, 0 to 100; record: of the first."""
     file = io.BytesIO()
-    options = {} if kind == "png" else {"quality": 95 if quality is None else quality}
+    options = {"pnginfo": chunk(record)} if kind == "png" else {"quality": 95 if quality is None else quality}
     image.convert("RGB").save(file, format=kind.upper(), **options)
     return file.getvalue()

@@ -6,16 +6,18 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..defaults import SIDE
 from ..loading import starting
 from ..pipeline import Rolling, roll
+from ..pipeline.space import ran_out
 from .draw import Stopped, draw
 from .errors import SERVER, Refusal, broken
-from .job import SIDE, Job, refused_plan
+from .job import Job, recorded, refused_plan
 from .line import Line
 from .metrics import Metrics
 from .pictures import encoded
@@ -64,9 +66,17 @@ Event = Waiting | Called | Partial | Finished
 
 class Studio:
     """pipeline: what draws. name: what callers call it. most: requests in line. offloaded: whether parts of the model
-    wait off the GPU, which pipelines around the same parts would confuse."""
+    wait off the GPU, which pipelines around the same parts would confuse. said: what pictures record of the model."""
 
-    def __init__(self, pipeline: Rolling, name: str, most: int = 32, offloaded: bool = False) -> None:
+    def __init__(
+        self,
+        pipeline: Rolling,
+        name: str,
+        most: int = 32,
+        offloaded: bool = False,
+        said: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.said = {"model": name} if said is None else said
         self.name, self.card, self.created = name, pipeline.card, int(time.time())
         self.pipelines = {None: pipeline} | {start: sibling(pipeline, start, offloaded) for start in ("image", "mask")}
         self.line = Line(most)
@@ -105,8 +115,7 @@ def sibling(pipeline: Rolling, start: str, offloaded: bool) -> Rolling | Refusal
 
 def tokens(pipeline: Rolling, job: Job) -> dict[str, Any]:
     """What a job is made of, as OpenAI counts it: tokens of the prompt, as far as it is read, and of pictures."""
-    names = ("tokenizer_2", "tokenizer_3", "tokenizer")
-    tokenizer = next((t for name in names if (t := getattr(pipeline.pipe, name, None)) is not None), None)
+    tokenizer = pipeline.tokenizer
     text = 0 if tokenizer is None else len(tokenizer(job.fields.prompt).input_ids)
     text = min(text, pipeline.card.max_sequence_length)
     picture = job.width * job.height // SIDE**2
@@ -195,15 +204,16 @@ class Run:
         except ValueError as error:
             raise refused_plan(error) from None
         except Exception as error:
-            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            if ran_out(error):
                 raise Refusal("Out of memory: a smaller size needs less.", 500, kind=SERVER) from None
             log.exception("drawing failed")
             raise broken() from None
-        return Finished(self.job.seed + number, self._file(image))
+        record = recorded(self.job, number, self.studio.said)
+        return Finished(self.job.seed + number, self._file(image, record))
 
     def _tell(self, event: Event) -> None:
         if not isinstance(event, Called) or self.events.qsize() < UNTAKEN:
             self.events.put_nowait(event)
 
-    def _file(self, image: Image.Image) -> bytes:
-        return encoded(image, self.job.fields.output_format, self.job.fields.output_compression)
+    def _file(self, image: Image.Image, record: Mapping[str, Any] | None = None) -> bytes:
+        return encoded(image, self.job.fields.output_format, self.job.fields.output_compression, record)

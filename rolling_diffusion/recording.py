@@ -1,0 +1,40 @@
+"""What a picture records of how it was made: JSON in a text chunk of a PNG, in the words of `generate`'s options.
+
+What was said stays apart from what was fitted to it and from the machine's own: `generate --from` says it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from PIL import PngImagePlugin
+
+from . import __version__
+
+KEY = "rolling-diffusion"  # of the text chunk
+MACHINE = ("device", "dtype", "cpu_offload")
+
+
+def record(said: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """said: the names of those settings that were said; settings: all that JSON is to hold of them."""
+    return {
+        "version": __version__,
+        "said": {name: settings[name] for name in said if name in settings and name not in MACHINE},
+        "fitted": {name: value for name, value in settings.items() if name not in {*said, *MACHINE}},
+        "machine": {name: settings[name] for name in MACHINE if name in settings},
+    }
+
+
+def chunk(content: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
+    """What Pillow takes as `pnginfo`."""
+    info = PngImagePlugin.PngInfo()
+    if content is not None:
+        info.add_itxt(KEY, as_json(content).decode())
+    return info
+
+
+def as_json(content: Any, indent: int | None = None) -> bytes:
+    # Of a file's name that is no valid text, the odd bytes are written as JSON's own escapes.
+    return json.dumps(content, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
