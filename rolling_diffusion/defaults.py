@@ -35,6 +35,7 @@ class Card:
     window, overlap      cells; window None: half of the canvas, advancing by half of itself
     native_tokens        image tokens up to which a block sees the whole canvas by default
     memory_tokens        most tokens that are attended to in memory; None: native_tokens, as the model was made for
+    extrapolation        share of its noise that a waiting block is remembered without: see make_plan
     """
 
     trained: bool = False
@@ -50,6 +51,7 @@ class Card:
     overlap: int = 16
     native_tokens: int = 4096
     memory_tokens: int | None = None
+    extrapolation: float = 0.0
 
     def __post_init__(self) -> None:
         def need(good: bool, name: str, allowed: str) -> None:
@@ -64,6 +66,7 @@ class Card:
         need(self.text_level in TEXT_LEVELS, "text_level", f"one of {', '.join(TEXT_LEVELS)}")
         need(_is_share(self.draft), "draft", "a share from 0 to below 1")
         need(_is_share(self.context_noise), "context_noise", "a level from 0 to below 1")
+        need(_is_share(self.extrapolation), "extrapolation", "a share from 0 to below 1")
         need(_is_number(self.guidance) and self.guidance >= 0, "guidance", "a number of at least 0")
         need(self.cfg is None or (_is_number(self.cfg) and self.cfg >= 0), "cfg", "a number of at least 0, or null")
         need(self.window is None or (_is_whole(self.window) and self.window > 0), "window", "cells, or null")
@@ -123,6 +126,7 @@ def plan_for(
     lag: int | str | None = None,
     seed: int = 0,
     multiple: int = 2,
+    extrapolation: float | None = None,
     calls_per_step: int = 1,
 ) -> Plan:
     """The plan for a height × width canvas (cells): what was said, else what the card says, fitted to the canvas.
@@ -134,6 +138,7 @@ def plan_for(
     draft: the card's share of the steps.
     lookahead: "auto" for the whole canvas up to the card's native_tokens, and one window beyond; None or "all" for the
         whole canvas.
+    extrapolation: the card's; without a draft, 0.
     calls_per_step: of a sampler that is counted by its calls, such as diffusers' Heun: 2, and one for the last step.
         Steps and draft then become ticks; lag is in ticks as ever.
 
@@ -167,6 +172,7 @@ def plan_for(
         lag=lag,
         multiple=multiple,
         persistence=persistence,
+        extrapolation=(card.extrapolation if draft else 0.0) if extrapolation is None else extrapolation,
     )
 
 

@@ -130,7 +130,7 @@ def run(values: argparse.Namespace) -> int:
     pictures = []
     for number, output in enumerate(job.outputs):
         one = settings | {"seed": settings["seed"] + number}
-        film = Film(job.plan) if values.animation and number == 0 else None
+        film = Film() if values.animation and number == 0 else None
         started = time.perf_counter()
         image = draw(pipeline, one, job, film)
         seconds = time.perf_counter() - started
@@ -258,7 +258,8 @@ def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | Non
             option = {"mask_image": "--mask"}.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(f"{option} is not for {type(pipeline.pipe).__name__}, which takes no {name}: leave it out")
     # What was not said is fitted by the same rules once more: to the steps that a picture to start from leaves, too.
-    fit = {name: settings[name] for name in ("window", "overlap", "draft", "lookahead") if name in job.said}
+    names = ("window", "overlap", "draft", "lookahead", "extrapolation")
+    fit = {name: settings[name] for name in names if name in job.said}
     blocks = job.plan.blocks
     bar = tqdm(total=job.plan.ticks, unit="call", leave=False, disable=None)
 

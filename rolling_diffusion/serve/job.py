@@ -73,6 +73,7 @@ class Job:
             lag=said.lag,
             seed=self.seed + number,
             multiple=TOKEN,
+            extrapolation=said.extrapolation,
         )
 
 
