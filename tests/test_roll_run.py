@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_families import draw, make
 from tiny_pipeline import call, pipeline
 
+from rolling_diffusion.appearing import Veil
 from rolling_diffusion.core.memory import Memory
 from rolling_diffusion.core.order import Block, make_order
 from rolling_diffusion.defaults import Card
@@ -227,6 +228,10 @@ def test_difficulty_is_decided_by_what_the_draft_s_guess_still_changes(pipe, rol
     moved = [(now - before)[..., b.rows, b.columns].square().mean().item() for b in late.blocks]
     assert list(decided.blocks) == list(late.decided(moved).blocks) != list(late.blocks)
     assert [t.blocks[0].index for t in ticks] == sorted(t.blocks[0].index for t in ticks)
+    veil = Veil()  # what is seen of it appears in its order
+    for t in ticks:
+        veil.tell(t)
+        assert {b for b in late.blocks if veil.levels[b] == 0} == set(decided.blocks[: t.blocks[0].index])
     assert torch.equal(found, call(rolled, **TILES)), "the same seed, the same picture"
     assert torch.equal(found, call(rolled, **TILES | {"order": list(decided.blocks), "lag": decided.lag}))
     assert torch.equal(call(rolled, **TILES, lag=0), call(pipe, height=16, width=16))
