@@ -20,16 +20,18 @@ BLUR = 0.75 * CELL  # pixels, at equal powers of picture and noise: about what i
 class Veil:
     """How much noise lies over each block of a run. Told of every tick: a block may come and go between two frames."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self) -> None:
+        self.plan: Plan | None = None
         self.levels: dict[Block, float] = {}
 
     def tell(self, tick: Any) -> None:
-        self.levels.update(dict.fromkeys(self.plan.blocks[: tick.blocks[0].index], 0.0))  # they finish in their order
+        self.plan = tick.plan
+        self.levels.update(dict.fromkeys(tick.plan.blocks[: tick.blocks[0].index], 0.0))  # they finish in their order
         self.levels.update(zip(tick.blocks, tick.sigmas))
 
     def over(self, image: Image.Image) -> Image.Image:
         """What may be seen of the model's guess at the picture."""
+        assert self.plan is not None
         return unveiled(image, self.plan, self.levels)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .core.order import Block, Walk, check_given, rest_of, span, whole
+from .core.order import Block, Walk, check_given, rest_of, route_of, span, whole
 from .core.plan import Plan, check_draft, count_steps, make_plan
 
 DRAFT = 0.5  # share of the steps, unless a model's card says otherwise: docs/results.md has the study that decided it
@@ -42,6 +42,7 @@ class Card:
     window, overlap      cells; window None: half of the canvas, advancing by half of itself
     native_tokens        image tokens up to which a block sees the whole canvas by default
     memory_tokens        most tokens that are attended to in memory; None: native_tokens, as the model was made for
+    extrapolation        share of its noise that a waiting block is remembered without: see make_plan
     """
 
     trained: bool = False
@@ -57,6 +58,7 @@ class Card:
     overlap: int = 16
     native_tokens: int = 4096
     memory_tokens: int | None = None
+    extrapolation: float = 0.0
 
     def __post_init__(self) -> None:
         def need(good: bool, name: str, allowed: str) -> None:
@@ -71,6 +73,7 @@ class Card:
         need(self.text_level in TEXT_LEVELS, "text_level", f"one of {', '.join(TEXT_LEVELS)}")
         need(_is_share(self.draft), "draft", "a share from 0 to below 1")
         need(_is_share(self.context_noise), "context_noise", "a level from 0 to below 1")
+        need(_is_share(self.extrapolation), "extrapolation", "a share from 0 to below 1")
         need(_is_number(self.guidance) and self.guidance >= 0, "guidance", "a number of at least 0")
         need(self.cfg is None or (_is_number(self.cfg) and self.cfg >= 0), "cfg", "a number of at least 0, or null")
         need(self.window is None or (_is_whole(self.window) and self.window > 0), "window", "cells, or null")
@@ -130,6 +133,7 @@ def plan_for(
     lag: int | str | None = None,
     seed: int = 0,
     multiple: int = 2,
+    extrapolation: float | None = None,
     calls_per_step: int = 1,
     given: Sequence[Block] = (),
     guide: bool | str = False,
@@ -143,8 +147,9 @@ def plan_for(
     draft: the card's share of the steps.
     lookahead: "auto" for the whole canvas up to the card's native_tokens, and one window beyond; None or "all" for the
         whole canvas.
+    extrapolation: the card's; without a draft, 0.
     guide: whether a picture of the model's own size takes the place of the draft on a canvas that is larger than that;
-        "auto" if neither draft nor lag are said.
+        "auto" if neither draft nor lag are said, and the order needs no draft.
     calls_per_step: of a sampler that is counted by its calls, such as diffusers' Heun: 2, and one for the last step.
         Steps and draft then become ticks; lag is in ticks as ever.
 
@@ -152,7 +157,8 @@ def plan_for(
     """
     steps = count_steps(steps)
     if guide == "auto":
-        guide = draft is None and lag is None and not given
+        late = isinstance(order, str) and route_of(order).late
+        guide = draft is None and lag is None and not given and not late
     draft = card.draft_steps(steps) if draft is None else check_draft(draft, steps)
     height, width = whole("height", height, 1, "cells"), whole("width", width, 1, "cells")
     multiple = whole("multiple", multiple, 1, "cells")
@@ -181,6 +187,7 @@ def plan_for(
         lag=lag,
         multiple=multiple,
         persistence=persistence,
+        extrapolation=(card.extrapolation if draft else 0.0) if extrapolation is None else extrapolation,
         given=given,
         guide=guide_size(card, height, width, multiple) if guide and draft else None,
     )

@@ -15,6 +15,7 @@ PAPER, INK, MUTED, RULE = (252, 251, 248), (32, 34, 42), (118, 121, 130), (226, 
 # Clean is light, noise is dark; the order runs from dark to light. Both stay apart in grey and for the colour-blind.
 NOISE = ((253, 242, 205), (254, 190, 122), (246, 122, 94), (200, 62, 113), (129, 37, 129), (66, 15, 117), (24, 16, 68))
 ORDER = ((58, 30, 105), (61, 78, 138), (45, 112, 142), (33, 144, 141), (53, 183, 121), (144, 215, 67), (244, 228, 90))
+UNDECIDED = (140, 146, 158)  # blocks whose place in the order is not known yet
 WIDTH, HEIGHT, FINE = 1600, 880, 2  # pixels of the picture; drawn FINE times as large, then averaged down
 CHART = (120, 190, 980, 650)  # left, top, right, bottom of the noise chart
 CANVAS = (1080, 190, 1540, 650)  # the box that the canvas is fitted into
@@ -47,7 +48,8 @@ def plan_picture(plan: Plan, sigmas: Sequence[float] | None = None, text_tokens:
     page.text((60, 104), f"{plan.width * 8} x {plan.height * 8} pixels = {cells}, {_shape(plan)}", 20, MUTED)
     _chart(page, plan, sigmas)
     _canvas(page, plan)
-    _legend(page, (CANVAS[0], 712), ORDER, "first", "last")
+    if not plan.late:
+        _legend(page, (CANVAS[0], 712), ORDER, "first", "last")
     cost = plan.cost(text_tokens)
     facts = (
         (f"{cost.calls:,}", "model calls" + (f", {cost.ticks:,} of them ticks" if cost.calls > cost.ticks else "")),
@@ -101,10 +103,14 @@ def _canvas(page: _Page, plan: Plan) -> None:
     scale = min((right - left) / plan.width, (bottom - top) / plan.height)
     blocks = plan.blocks
     page.text((left, top - 38), "Order of the blocks on the canvas", 20, INK)
+    if plan.late:
+        page.text((left, bottom + 10), "decided at the end of the draft", 17, INK)
     if blocks.size * scale <= 5:  # too small for a gap between them
         _mosaic(page, plan, scale)
         return
     colours = ramp(ORDER, np.linspace(0, 1, max(2, len(blocks))))
+    if plan.late:
+        colours = np.broadcast_to(np.uint8(UNDECIDED), colours.shape)
     small = min(min(b.width, b.height) for b in blocks) * scale
     path = []
     for number, (block, colour) in enumerate(zip(blocks, colours, strict=False)):
@@ -112,10 +118,10 @@ def _canvas(page: _Page, plan: Plan) -> None:
         gap = 1 if small > 5 else 0
         page.box((x, y, x + block.width * scale - gap, y + block.height * scale - gap), tuple(colour))
         path.append((x + block.width * scale / 2, y + block.height * scale / 2))
-        if small > 22:
+        if small > 22 and not plan.late:
             dark = colour @ (0.299, 0.587, 0.114) < 140
             page.text(path[-1], f"{number + 1}", min(22, int(small * 0.5)), PAPER if dark else INK, "mm")
-    if blocks.tiled and small <= 22 and len(blocks) <= 1000:
+    if blocks.tiled and small <= 22 and len(blocks) <= 1000 and not plan.late:
         page.line(path, PAPER, 1)
 
 
@@ -125,7 +131,8 @@ def _mosaic(page: _Page, plan: Plan, scale: float) -> None:
     ys = ((np.arange(rows) + 0.5) / rows * plan.height).astype(int).tolist()
     xs = ((np.arange(columns) + 0.5) / columns * plan.width).astype(int).tolist()
     places = np.array([[plan.blocks.at(y, x) for x in xs] for y in ys])
-    page.paste(CANVAS[:2], ramp(ORDER, places / max(1, len(plan.blocks) - 1)))
+    colours = ramp(ORDER, places / max(1, len(plan.blocks) - 1))
+    page.paste(CANVAS[:2], np.broadcast_to(np.uint8(UNDECIDED), colours.shape) if plan.late else colours)
 
 
 def _legend(page: _Page, at: tuple[float, float], anchors: Sequence[tuple[int, int, int]], low: str, high: str) -> None:

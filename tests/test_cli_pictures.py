@@ -136,6 +136,15 @@ def test_the_animation_grows_in_order_and_ends_in_the_picture(here, model):
     assert report["settings"]["prompt"] == PROMPT
 
 
+def test_a_picture_in_an_order_decided_late_is_made_again(here, model):
+    late = ("--order", "difficulty", "--draft", "2", "--steps", "4", "--extrapolation", "0.4", "--animation", "a.gif")
+    assert main(["generate", PROMPT, *TINY, *late, "--model", model, "-o", "one.png"]) == 0
+    assert main(["generate", "--from", "one.png", "--model", model, "-o", "two.png", "--device", "cpu"]) == 0
+    assert np.array_equal(pixels("one.png"), pixels("two.png"))
+    records = [read_record(file)["said"] for file in ("one.png", "two.png")]
+    assert records[0] == records[1] and records[0]["order"] == "difficulty" and records[0]["extrapolation"] == 0.4
+
+
 def test_the_animation_shows_a_block_as_far_as_its_noise_lets_it_show():
     plan = make_plan(32, 8, 4, window=16, overlap=8)  # four strips of 64×64 pixels
     checks = np.kron(np.indices((64, 16)).sum(0) % 2, np.ones((4, 4)))[..., None] * np.full(3, 255)

@@ -69,9 +69,25 @@ def test_the_picture_shows_the_plan_and_keeps_its_settings(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_an_order_that_is_decided_late_is_said_to_be(capsys, tmp_path):
+    file = tmp_path / "plan.json"
+    out = said(capsys, "--order", "difficulty", "--extrapolation", "0.4", "--json", str(file))
+    assert "16 of 8 × 8 cells, difficulty, decided at the end of the draft" in out
+    assert "waiting blocks: the whole canvas, extrapolated by 0.4" in out
+    random = said(capsys, "--order", "random")
+    assert [line for line in out.splitlines() if "×" in line][-3:] == [
+        line for line in random.splitlines() if "×" in line
+    ][-3:]  # it costs what any way over these tiles costs
+    assert json.loads(file.read_text())["plan"]["order"] == "difficulty"
+    assert "decided" not in said(capsys, "--order", "difficulty", "--lag", "0")
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
+        (["--order", "difficulty", "--draft", "1"], ["draft is 1 steps", "needs at least 2"]),
+        (["--extrapolation", "1.2"], ["--extrapolation", "from 0 to 1"]),
+        (["--extrapolation", "0.4", "--draft", "0"], ["extrapolation is 0.4", "needs a draft"]),
         (["--window", "1"], ["window is 1 cells", "multiple of 2"]),
         (["--window", "16", "--overlap", "16"], ["overlap is 16", "below the window of 16"]),
         (["--width", "250"], ["--width is 250 pixels", "multiple of 16", "240 or 256"]),

@@ -186,3 +186,15 @@ def test_an_onward_order_leaves_blocks_for_good(data):
     if order.onward:
         gaps = [order[0].gap(b) for b in order]
         assert gaps == sorted(gaps)
+
+
+def test_difficulty_goes_over_tiles_and_is_known_late():
+    assert ROUTES["difficulty"].late and not any(ROUTES[name].late for name in ORDERS if name != "difficulty")
+    order = make_order("difficulty", 12, 12, 4, seed=3)
+    assert order.tiled and [b.index for b in order] == list(range(9))
+    assert list(order) == list(make_order("random", 12, 12, 4, seed=3))  # what is counted with until then
+
+
+def test_a_block_is_where_it_lies_wherever_it_stands_in_an_order():
+    assert Block(0, 2, 2, 4, 4) == Block(5, 2, 2, 4, 4) and len({Block(0, 2, 2, 4, 4), Block(5, 2, 2, 4, 4)}) == 1
+    assert Block(0, 2, 2, 4, 4) != Block(0, 2, 2, 4, 2)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pytest import mark, raises
+from pytest import approx, mark, raises
 from tiny_denoiser import SIGMAS, TWO, Log, S, euler, noise, plan_of, run
 
 from rolling_diffusion.core.cohort import block_seed
@@ -184,6 +184,58 @@ def test_ten_thousand_blocks_stream_through_constant_memory():
     assert most <= 20  # tensors of a handful of blocks, never of the canvas
     assert peaks[2] < peaks[1] + 20_000 < 100_000  # bytes, in a hundred blocks near the start and near the end
     assert sizes[2] < sizes[1] + 1000  # Python objects in all, over nine thousand blocks
+
+
+class Restless(Log):
+    """Its guess at a block moves by so much a call: by so much more the further right and down the block lies."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.kept = 0, []
+
+    def denoise(self, moving, keep=False):
+        super().denoise(moving, keep)
+        if keep:
+            self.kept = list(moving)
+            return [m.x for m in moving]
+        self.calls += 1
+        return [torch.full_like(m.x, self.calls * (10 * (4 - m.block.top) + m.block.left)) for m in moving]
+
+
+def test_an_order_of_difficulty_is_decided_at_the_end_of_the_draft():
+    plan = make_plan(8, 8, S, "difficulty", window=4, overlap=0, draft=2)
+    model, x = Restless(), torch.randn(1, 1, 8, 8)
+
+    def part(block):
+        return x[..., block.rows, block.columns]
+
+    drawn = list(rollout(plan, model, euler, SIGMAS, part))
+    assert [(b.index, b.top, b.left) for b, _ in drawn] == [(0, 4, 0), (1, 4, 4), (2, 0, 0), (3, 0, 4)]
+    assert [what for event, what in model.events if event == "commit"] == [0, 1, 2]
+    explicit = replace(plan, order=tuple(block for block, _ in drawn))
+    again, frames = Restless(), []
+    for (_, one), (_, two) in zip(drawn, rollout(explicit, again, euler, SIGMAS, part, callback=frames.append)):
+        assert torch.equal(one, two)
+    assert [len(what) for _, what in model.events[:3]] == [4, 4, 4] and model.events[3:] == again.events[3:]
+    plain = list(rollout(replace(plan, lag=0), Restless(), euler, SIGMAS, part))
+    assert [b.index for b, _ in plain] == [0, 1, 2, 3]
+
+
+@mark.parametrize("order", ["raster", "difficulty"])
+def test_waiting_blocks_are_stored_from_further_along_the_draft_s_velocity(order):
+    x, kept = torch.randn(1, 1, 8, 8), {}
+    for share in (0, 0.4):
+        plan = make_plan(8, 8, S, order, window=4, overlap=0, draft=2, extrapolation=share)
+        model = Restless()
+        list(rollout(plan, model, euler, SIGMAS, lambda block: x[..., block.rows, block.columns]))
+        kept[share] = {m.block: (m.x, float(m.sigma)) for m in model.kept}
+    assert len(kept[0]) == 4
+    for block, (state, sigma) in kept[0].items():
+        further, level = kept[0.4][block]
+        guess = 2 * (10 * (4 - block.top) + block.left)  # of the draft's second call
+        velocity = (state - guess) / sigma
+        assert sigma == 0.5 and level == approx(0.3)
+        assert torch.allclose(further, state + (level - sigma) * velocity, atol=1e-5)
 
 
 def test_blocks_come_as_soon_as_they_are_finished():

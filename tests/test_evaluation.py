@@ -1,6 +1,9 @@
 """The evaluation runs the real pipeline on the shipped model; and the shipped model is what its card says."""
 
 import json
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -9,7 +12,8 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from rolling_diffusion.evaluation import WAYS, evaluate, paint, table
+from rolling_diffusion.cli import main
+from rolling_diffusion.evaluation import WAYS, OrderStudy, evaluate, order_study, order_table, paint, table
 from rolling_diffusion.pipeline import roll
 from rolling_diffusion.train.export import tokenizers
 from rolling_diffusion.train.text import clip_tokens, t5_tokens
@@ -59,6 +63,94 @@ def test_a_way_of_sampling_overrules_what_all_have_in_common(pipe):
     assert np.array_equal(half, paint(pipe, prompts, 0, {"draft": 2}, {**common, "draft": 0}))
     assert np.array_equal(none, paint(pipe, prompts, 0, {}, {**common, "draft": 0}))
     assert not np.array_equal(half, none)
+
+
+SMALL = {"num_inference_steps": 8, "width": 64, "height": 64}
+ROWS = ("difficulty", "extrapolation 0.4", "cfg 1.5")
+
+
+def study_of(pipe, work=None, only=ROWS):
+    return OrderStudy(pipe, order_study(pipe.card, SMALL, only), 8, 5, batch=2, common=SMALL, work=work)
+
+
+def test_the_study_of_orders_has_every_row_beside_full_sampling_of_equal_steps_and_equal_cost(pipe):
+    rows = {row.name: row for row in order_study(pipe.card, {})}
+    assert {"rolling", "draft of 0", "draft of 5", "random", "difficulty", "lag autoregressive", "extrapolation 0.4",
+            "persistence 0.0", "text at mean level", "cfg 1.5", "full, cfg 1.5"} <= set(rows)  # fmt: skip
+    study = OrderStudy(pipe, list(rows.values()), 480, 0)
+    seen = set()
+    for row in study.rows:
+        seen.add(row.name)
+        assert set(row.against) <= seen, "compared with what is drawn before"
+        assert len(study.prompts_of(row)) == (480 if row.decides else 120)
+        if row.against:
+            equal, costly = (rows[name] for name in row.against)
+            assert study.relative(equal) == 1 and equal.way["lag"] == costly.way["lag"] == 0
+            assert abs(study.relative(costly) - study.relative(row)) <= 0.025, row.name  # half of one step of 20
+            assert row.decides <= equal.decides and row.decides <= costly.decides
+            assert equal.way.get("cfg") == costly.way.get("cfg") == row.way.get("cfg")
+    assert rows["rolling"].decides and rows["difficulty"].decides and not rows["random"].decides
+    for steps in (1, 2, 3, 8):
+        assert order_study(pipe.card, {"num_inference_steps": steps})
+    with pytest.raises(ValueError, match="the study has no row 'spiral': it has full, "):
+        order_study(pipe.card, {}, ["spiral"])
+
+
+def test_a_study_that_is_killed_goes_on_where_it_was(pipe, tmp_path, capsys, monkeypatch):
+    """kill -9, and a line cut short: what was judged is not judged again, and the result is the same."""
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "--study", "order", "--steps", "8", "--width", "64", "--height", "64", "--prompts", "8"]
+    words += [word for row in ROWS for word in ("--row", row)]
+    words += ["--seed", "5", "--batch", "2", "--dtype", "float32", "--device", "cpu", "--work", "work.jsonl"]
+    work = tmp_path / "work.jsonl"
+    program = "import sys; from rolling_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
+    running = subprocess.Popen([sys.executable, "-c", program, *words], cwd=tmp_path)
+    while not work.exists() or work.read_bytes().count(b"\n") < 3:
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    before = work.read_bytes()[: work.read_bytes().rfind(b"\n") + 1]
+    work.write_bytes(before + before[: len(before) // 2].rpartition(b"\n")[2])
+    assert main([*words, "--json", "report.json"]) == 0
+    after = work.read_bytes()
+    assert after.startswith(before) and after.endswith(b"\n")
+    entries = [json.loads(line) for line in after.splitlines()]
+    assert len({entry["key"] for entry in entries}) == len(entries) > before.count(b"\n") >= 3
+    said = capsys.readouterr()
+    assert "of them are in work.jsonl; the rest takes about" in said.err and "in float32" in said.err
+    report = json.loads(Path("report.json").read_text())
+    expected = json.loads(json.dumps(study_of(pipe).run()))
+    assert {name: row for name, row in report.items() if name != "about"} == expected
+    assert said.out.count("\n| ") == 1 + len(expected) and order_table(expected) in said.out
+    full = report["difficulty"]["equal steps"]
+    assert full["row"] == "full" and len(full["difference"]) == 3 and report["difficulty"]["pictures"] == 8
+    assert main(words) == 0
+    assert work.read_bytes() == after and not capsys.readouterr().err  # all of it was there
+    work.write_text('{"prompt": "a ball"}\n')
+    assert main(words) == 2
+    assert "line 1 of work.jsonl is not evaluate's" in capsys.readouterr().err
+
+
+def test_an_order_that_the_draft_decides_is_each_picture_s_own(pipe):
+    way, prompts = {"order": "difficulty", "draft": 2}, make_prompts(2, 5)
+    together, alone = paint(pipe, prompts, 0, way, SMALL), paint(pipe, prompts[1:], 1, way, SMALL)
+    assert np.array_equal(together[1], alone[0])
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--study", "order", "--draft", "3"], "--study order has its own tasks and drafts"),
+        (["--study", "order", "--row", "spiral"], "the study has no row 'spiral'"),
+        (["--row", "full"], "--row is of --study order"),
+        (["--study", "order", "--work", "no/where.jsonl"], "there is no folder"),
+    ],
+)
+def test_what_the_study_cannot_do_is_one_sentence(capsys, words, sentence):
+    assert main(["evaluate", *words]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
 
 
 def test_tokenizers_give_the_ids_that_were_trained(pipe):

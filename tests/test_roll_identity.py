@@ -17,6 +17,9 @@ from rolling_diffusion.pipeline import roll
 
 LAG_0 = {"lag": 0, "window": 8, "overlap": 4}
 ALONE = {"one block": {}, "lag 0": LAG_0, "lag 0, tiles": {**LAG_0, "order": "spiral-out"}}
+ALONE["lag 0, decided late"] = {**LAG_0, "order": "difficulty", "extrapolation": 0.5}
+WAYS = [{"draft": 0}, {"draft": 2, "order": "spiral-out"}, {"lag": "autoregressive"}]
+WAYS += [{"draft": 2, "order": "difficulty", "extrapolation": 0.5}]
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -31,7 +34,7 @@ def test_one_block_and_lag_0_are_the_pipeline_and_several_blocks_are_not(name):
     assert torch.equal(draw(pipe, arguments), expected), "the pipeline is as it was"
 
 
-@pytest.mark.parametrize("way", [{"draft": 0}, {"draft": 2, "order": "spiral-out"}, {"lag": "autoregressive"}])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MAKERS)
 def test_blocks_that_do_not_see_each_other_are_each_what_the_pipeline_makes_of_them(name, way):
     """A model without attention: where every token is on its own, a staggered run is the pipeline's own result.

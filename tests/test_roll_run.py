@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_families import draw, make
 from tiny_pipeline import call, pipeline
 
+from rolling_diffusion.appearing import Veil
 from rolling_diffusion.core.memory import Memory
 from rolling_diffusion.core.order import Block, make_order
 from rolling_diffusion.defaults import Card
@@ -213,6 +214,51 @@ def test_an_order_of_the_callers_own(rolled):
     assert [t.blocks[0] for t in ticks] == [blocks[0]] * 4 + [blocks[1]] * 4
     with pytest.raises(ValueError, match="must cover the canvas"):
         call(rolled, **ROLL, order=blocks[:1], height=16, width=16)
+
+
+TILES = {"order": "difficulty", "draft": 2, "height": 16, "width": 16, "window": 8, "overlap": 4}
+
+
+def test_difficulty_is_decided_by_what_the_draft_s_guess_still_changes(pipe, rolled):
+    ticks = []
+    found = call(rolled, **TILES, on_tick=ticks.append)
+    late, decided = ticks[1].plan, ticks[2].plan
+    assert late.late and not decided.late and all(t.plan is decided for t in ticks[2:])
+    before, now = (t.canvas for t in ticks[:2])
+    moved = [(now - before)[..., b.rows, b.columns].square().mean().item() for b in late.blocks]
+    assert list(decided.blocks) == list(late.decided(moved).blocks) != list(late.blocks)
+    assert [t.blocks[0].index for t in ticks] == sorted(t.blocks[0].index for t in ticks)
+    veil = Veil()  # what is seen of it appears in its order
+    for t in ticks:
+        veil.tell(t)
+        assert {b for b in late.blocks if veil.levels[b] == 0} == set(decided.blocks[: t.blocks[0].index])
+    assert torch.equal(found, call(rolled, **TILES)), "the same seed, the same picture"
+    assert torch.equal(found, call(rolled, **TILES | {"order": list(decided.blocks), "lag": decided.lag}))
+    assert torch.equal(call(rolled, **TILES, lag=0), call(pipe, height=16, width=16))
+    with pytest.raises(ValueError, match="draft is 1 steps, and the order 'difficulty' needs at least 2"):
+        call(rolled, **TILES | {"draft": 1})
+
+
+@pytest.mark.parametrize("order", ["raster", "difficulty"])
+def test_extrapolation_stores_waiting_blocks_from_further_on(rolled, order, monkeypatch):
+    calls = []
+
+    def watched(family, model, request, tokens, size, rows, view, sink, **more):
+        if sink is not None:
+            calls.append((request["hidden_states"].clone(), rows.timesteps))
+        return stock(family, model, request, tokens, size, rows, view, sink, **more)
+
+    stock, given, ticks, found = run.rolling_call, TILES | {"order": order}, [], []
+    monkeypatch.setattr(run, "rolling_call", watched)
+    for share in (None, 0.0, 0.4):
+        found.append(call(rolled, **given, extrapolation=share, on_tick=ticks.append))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    third = len(calls) // 3
+    (state, level), (further, told) = calls[0], calls[2 * third]
+    guess = ticks[1].latents
+    assert torch.allclose(told, 0.6 * level) and torch.allclose(further, state.lerp(guess, 0.4), atol=1e-6)
+    for (one, _), (two, _) in zip(calls[1:third], calls[2 * third + 1 :]):
+        assert one.shape == two.shape  # no call more, none less
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

@@ -103,6 +103,17 @@ def test_what_rolling_takes_goes_through(client, rolled):
     assert np.array_equal(pixels(opened(answer.data[0].b64_json)), pixels(drawn(rolled, **said)))
 
 
+def test_an_order_decided_late_streams(client, rolled):
+    said = {"order": "difficulty", "draft": 2, "extrapolation": 0.4, "window": 4, "overlap": 0}
+    events = list(
+        client.images.generate(
+            prompt=PROMPT, size="64x64", stream=True, partial_images=2, extra_body={"steps": 4, "seed": 7, **said}
+        )
+    )
+    assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert np.array_equal(pixels(opened(events[-1].b64_json)), pixels(drawn(rolled, steps=4, **said)))
+
+
 def test_without_a_seed_pictures_differ(client):
     first, second = (
         client.images.generate(prompt=PROMPT, size="32x32", extra_body={"steps": 1}).data[0] for _ in range(2)

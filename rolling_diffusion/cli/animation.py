@@ -12,8 +12,6 @@ from .files import put
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..core.plan import Plan
-
 SUFFIXES = (".gif", ".webp", ".mp4")
 MOST_FRAMES = 30  # of an animation; a longer run is sampled evenly
 
@@ -21,8 +19,8 @@ MOST_FRAMES = 30  # of an animation; a longer run is sampled evenly
 class Film:
     """Collects pictures of a run as it appears."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.veil = Veil(plan)
+    def __init__(self) -> None:
+        self.veil = Veil()
         self.frames: list[Image.Image] = []
 
     def add(self, tick: Any, preview: Callable[[Any], Image.Image]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 from .. import __version__
 from .arguments import Parser, decimal, name_in, seed, whole_number
-from .files import check_target, save_json
+from .batch import identity_of
+from .files import check_apart, check_target, save_json
 from .model import DTYPES, EMBEDDED, base_name, card_of, device_named, load, locate
 from .settings import check_room, check_side
 
@@ -18,7 +20,8 @@ def add_options(parser: Parser) -> None:
     add(
         "--model", default=EMBEDDED, metavar="MODEL", help="a folder, a checkpoint file or a hub id (default: embedded)"
     )
-    add("--prompts", type=whole_number(6), default=240, metavar="N", help="over the six tasks (default: 240)")
+    many = "over the six tasks (default: 240); of --study order over four, where a default rests on them (default: 480)"
+    add("--prompts", type=whole_number(6), metavar="N", help=many)
     add("--held-out", type=whole_number(0), default=0, metavar="N", help="more, of pairs never trained (default: 0)")
     add("--seed", type=seed, default=0, metavar="N", help="of the prompts (default: 0)")
     add("--steps", type=whole_number(1), metavar="N", help="(default: the model's own)")
@@ -26,59 +29,124 @@ def add_options(parser: Parser) -> None:
     add("--draft", type=whole_number(0), metavar="N", help="steps before the blocks part (default: the model's own)")
     add("--width", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
     add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
-    what = "more ways: memory (each kind on and off), or all (also lags, drafts, noise levels; the default)"
-    add("--study", nargs="?", const="all", type=name_in(("all", "memory")), metavar="WHICH", help=what)
+    what = (
+        "more ways: memory (each kind on and off), order (what draws better than full sampling, on hard tasks, and at"
+    )
+    what += " equal cost), or all (also lags, drafts, noise levels; the default)"
+    add("--study", nargs="?", const="all", type=name_in(("all", "memory", "order")), metavar="WHICH", help=what)
+    only = "of --study order, this one and what it is compared with; may be given again (default: every row)"
+    add("--row", action="append", metavar="NAME", help=only)
     add("--batch", type=whole_number(1), default=8, metavar="N", help="pictures at a time (default: 8)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
     add("--dtype", type=name_in(DTYPES), default="auto", metavar="NAME", help=f"{', '.join(DTYPES)} (default: auto)")
     add("--json", type=Path, metavar="FILE", help="every number, for programs")
+    add(
+        "--work",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="keeps what is judged: the same command again goes on from there",
+    )
 
 
 def run(values: argparse.Namespace) -> int:
-    if values.json is not None:
-        check_target(values.json)
+    for file in (values.json, values.work):
+        if file is not None:
+            check_target(file)
+    check_apart({"--json": values.json, "--work": values.work})
+    of_orders = values.study == "order"
+    if of_orders and (values.held_out or values.draft is not None):
+        raise ValueError("--study order has its own tasks and drafts: leave --held-out and --draft out")
+    if values.row and not of_orders:
+        raise ValueError("--row is of --study order: add that, or leave it out")
     common = {name: getattr(values, name) for name in ("cfg", "draft", "width", "height")}
     common["num_inference_steps"] = values.steps
     common = {name: value for name, value in common.items() if value is not None}
     for side in common.keys() & {"width", "height"}:
         check_side(side, common[side])
+    count = values.prompts or (480 if of_orders else 240)
     device = device_named(values.device)
     folder = locate(values.model)
-    own = card_of(folder).size
-    check_room(common.get("width", own), common.get("height", own))
+    card = card_of(folder)
+    check_room(common.get("width", card.size), common.get("height", card.size))
     from tqdm import tqdm
 
-    from ..evaluation import MEMORY, STUDY, WAYS, evaluate, table
+    from ..evaluation import MEMORY, STUDY, WAYS, OrderStudy, Work, evaluate, order_study, order_table, table
 
-    pipeline = load(folder, device, values.dtype)
-    ways = {"all": STUDY, "memory": MEMORY, None: WAYS}[values.study]
+    rows = order_study(card, common, values.row or ())
+    dtype = values.dtype
+    if dtype == "auto" and of_orders and device == "cpu" and has_bfloat16():
+        dtype = "bfloat16"
+    pipeline = load(folder, device, dtype)
+    dtype = str(pipeline.pipe.dtype).removeprefix("torch.")
+    # What a verdict depends on: the model, and the numbers that it is computed in.
+    work = Work(values.work, {"model": identity_of(values.model), "dtype": dtype} if values.work else {})
     started = time.perf_counter()
     with tqdm(unit="picture", leave=False, disable=None) as bar:
+        finished: dict[str, int] = {}
 
         def progress(way: str, done: int, total: int) -> None:
-            bar.total = total * len(ways)
             bar.set_description(way)
-            bar.update(list(ways).index(way) * total + done - bar.n)
+            finished[way] = done
+            bar.update(sum(finished.values()) - bar.n)
 
-        report = evaluate(
-            pipeline,
-            values.prompts,
-            values.seed,
-            ways=ways,
-            held_out=values.held_out,
-            batch=values.batch,
-            common=common,
-            progress=progress,
-        )
-    print(table(report))
+        if of_orders:
+            if pipeline.card != card:  # a model without a card of ours has defaults of its own
+                rows = order_study(pipeline.card, common, values.row or ())
+            study = OrderStudy(pipeline, rows, count, values.seed, batch=values.batch, common=common, work=work)
+            bar.total = sum(len(study.prompts_of(row)) for row in study.rows)
+            pictures, units = study.left()
+            if pictures:
+                seconds = study.pace()
+                there = f"{bar.total - pictures:,} of them are in {values.work}; " if pictures < bar.total else ""
+                bar.write(
+                    f"{bar.total:,} pictures in {len(study.rows)} rows; {there}the rest takes about "
+                    f"{duration(units * seconds)} in {dtype}, at {seconds:.1f} s a picture of full sampling",
+                    file=sys.stderr,
+                )
+            report = study.run(progress)
+        else:
+            ways = {"all": STUDY, "memory": MEMORY, None: WAYS}[values.study]
+            bar.total = (count + count // 6 + values.held_out) * len(ways)
+            report = evaluate(
+                pipeline,
+                count,
+                values.seed,
+                ways=ways,
+                held_out=values.held_out,
+                batch=values.batch,
+                common=common,
+                work=work,
+                progress=progress,
+            )
+    print(order_table(report) if of_orders else table(report))
     if values.json is not None:
-        about = {name: getattr(values, name) for name in ("model", "prompts", "held_out", "seed", "batch")}
+        about = {name: getattr(values, name) for name in ("model", "held_out", "seed", "batch")}
         about["model"] = base_name(values.model)
-        about |= common | {
-            "device": device,
-            "dtype": str(pipeline.pipe.dtype).removeprefix("torch."),
-            "version": __version__,
-        }
+        about |= common | {"prompts": count, "device": device, "dtype": dtype, "version": __version__}
         about["seconds"] = round(time.perf_counter() - started, 1)
         print(f"\n{save_json(values.json, {**report, 'about': about})}")
     return 0
+
+
+def has_bfloat16() -> bool:
+    """Has this processor units for bfloat16? Measured: without them its products are slower than those of float32."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(6):
+            started = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    return 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
+
+
+def duration(seconds: float) -> str:
+    """In words: seconds, minutes or hours."""
+    for size, name in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {name}"
+    return f"{seconds:.0f} seconds"

@@ -139,7 +139,7 @@ def draw_all(values: argparse.Namespace, job: Job) -> int:
     pictures = []
     for number, output in enumerate(job.outputs):
         one = settings | {"seed": settings["seed"] + number}
-        film = Film(job.plan) if values.animation and number == 0 and first else None
+        film = Film() if values.animation and number == 0 and first else None
         started = time.perf_counter()
         image = draw(pipeline, one, job, film)
         seconds, kept = time.perf_counter() - started, ranks.most(pipeline.memory_bytes)
@@ -259,7 +259,8 @@ def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | Non
             option = {"mask_image": "--mask"}.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(f"{option} is not for {type(pipeline.pipe).__name__}, which takes no {name}: leave it out")
     # What was not said is fitted by the same rules once more: to the steps that a picture to start from leaves, too.
-    fit = {name: settings[name] for name in ("window", "overlap", "draft", "lookahead") if name in job.said}
+    names = ("window", "overlap", "draft", "lookahead", "extrapolation")
+    fit = {name: settings[name] for name in names if name in job.said}
     if "guide" in job.said:
         fit["guide"] = GUIDE[settings["guide"]]
     blocks = job.plan.blocks

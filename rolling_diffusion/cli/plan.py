@@ -51,9 +51,11 @@ def describe(plan: Plan, text_tokens: int) -> str:
     """The plan in words, and its cost beside that of the same canvas sampled at once and block by block."""
     first = plan.blocks[0]
     reach = {None: "the whole canvas", 0: "nothing"}.get(plan.lookahead, f"{plan.lookahead} cells")
+    ahead = f", extrapolated by {plan.extrapolation:g}" if plan.extrapolation and plan.lookahead != 0 else ""
+    late = ", decided at the end of the draft" if plan.late else ""
     lines = [
         f"canvas   {plan.width * 8} × {plan.height * 8} pixels = {plan.width} × {plan.height} cells",
-        f"blocks   {len(plan.blocks)} of {first.width} × {first.height} cells, {plan.blocks.name}",
+        f"blocks   {len(plan.blocks)} of {first.width} × {first.height} cells, {plan.blocks.name}{late}",
         f"window   {plan.window} cells, overlap {plan.overlap}: at most {plan.capacity} blocks in motion",
         f"steps    {plan.steps} a block, {plan.draft} of them in the draft; lag {plan.lag} ticks",
         *(
@@ -61,7 +63,7 @@ def describe(plan: Plan, text_tokens: int) -> str:
             if plan.guide
             else []
         ),
-        f"memory   finished blocks at persistence {plan.persistence:g}, waiting blocks: {reach}",
+        f"memory   finished blocks at persistence {plan.persistence:g}, waiting blocks: {reach}{ahead}",
         "",
     ]
     rows = [HEAD, _row("this plan", plan, text_tokens)]

@@ -22,11 +22,12 @@ PLAN_DEFAULTS: dict[str, Any] = {
     "lookahead": None,
     "lag": None,
     "persistence": 1.0,
+    "extrapolation": None,
     "seed": 0,
 }
 
 
-GUIDE = {"on": True, "off": False}
+GUIDE: dict[Any, bool] = {"on": True, "off": False}
 
 
 def add_plan_options(parser: Parser) -> None:
@@ -64,6 +65,8 @@ def add_plan_options(parser: Parser) -> None:
     ticks = number_or("autoregressive", "ticks (0 is ordinary diffusion)")
     add("--lag", type=ticks, metavar="TICKS", help="ticks between blocks, or autoregressive (default: fits the window)")
     add("--persistence", type=decimal(0, 1), metavar="P", help="memory of finished blocks, 0 to 1 (default: 1)")
+    less = "share of its noise that a waiting block is remembered without, 0 to 1 (default: the model's own)"
+    add("--extrapolation", type=decimal(0, 1), metavar="SHARE", help=less)
     add("--seed", type=seed, metavar="N", help="of the noise, and of --order random (default: 0)")
 
 
@@ -119,6 +122,7 @@ def plan_of(settings: dict[str, Any], card: Card) -> Plan:
         lag=settings["lag"],
         seed=settings["seed"],
         multiple=TOKEN,
+        extrapolation=settings["extrapolation"],
         calls_per_step=2 if settings.get("sampler") == "heun" else 1,
         guide=settings.get("image") is None and GUIDE.get(settings.get("guide"), "auto"),
     )
@@ -127,6 +131,6 @@ def plan_of(settings: dict[str, Any], card: Card) -> Plan:
 def fitted(settings: dict[str, Any], plan: Plan, card: Card) -> dict[str, Any]:
     """The settings, with what the plan has fitted to the canvas in place of None."""
     reach = EVERYWHERE if plan.lookahead is None else plan.lookahead
-    found = {"window": plan.window, "overlap": plan.overlap, "lookahead": reach}
+    found = {"window": plan.window, "overlap": plan.overlap, "lookahead": reach, "extrapolation": plan.extrapolation}
     found["draft"] = card.draft_steps(settings["steps"])
     return settings | {name: value for name, value in found.items() if settings.get(name) is None}

@@ -88,6 +88,7 @@ class FluxDevAutoRegressiveRollingDiffusionSampler(inputs.Early):
                 "loaded_model": inputs.lazy("MODEL", "Takes this model instead: one with a LoRA, say."),
                 "clip": inputs.lazy("CLIP", "Takes these text encoders instead."),
                 "vae": inputs.lazy("VAE", "Takes this autoencoder instead."),
+                **inputs.NEWER,
             },
         }  # fmt: skip
 
@@ -98,9 +99,9 @@ class FluxDevAutoRegressiveRollingDiffusionSampler(inputs.Early):
     def sample(self, prompt, negative_prompt, width, height, seed, steps, cfg, autoregressive_order,
                rolling_window_size, rolling_overlap, attention_persistence, enable_cpu_offload, model=FLUX_DEV,
                fit_window=True, draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0, loaded_model=None, clip=None,
-               vae=None):  # fmt: skip
+               vae=None, extrapolation=0.0):  # fmt: skip
         settings = Settings(autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
-                            draft, lookahead, context_noise, memory_cap, seed)  # fmt: skip
+                            draft, lookahead, context_noise, memory_cap, seed, extrapolation)  # fmt: skip
         notes, canvas = Notes(), (height // 8, width // 8)
         settings.plan(*canvas, steps, 2)  # refuses what cannot be planned, before anything is loaded
         if fit_window:

@@ -84,6 +84,7 @@ def draw_latent(rolled: Any, settings: Settings, on_tick: Any, **arguments: Any)
         draft=None if settings.draft < 0 else settings.draft,
         lookahead="auto" if settings.lookahead < 0 else settings.lookahead,
         context_noise=settings.context_noise or None,
+        extrapolation=settings.extrapolation,
         memory_tokens=settings.memory_cap or None,
         generator=torch.Generator("cpu").manual_seed(settings.seed),
         on_tick=on_tick,

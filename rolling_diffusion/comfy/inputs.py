@@ -7,8 +7,8 @@ from typing import Any
 from ..core.order import ORDERS
 from .notes import Notes
 
-# The three orders of the samplers come first everywhere, so that a workflow reads alike in all nodes.
-FIRST = ("top-to-bottom", "left-to-right", "spiral-out")
+# The orders of the samplers come first everywhere, so that a workflow reads alike in all nodes.
+FIRST = ("top-to-bottom", "left-to-right", "spiral-out", "difficulty")
 
 MOST_PIXELS = 16384  # a side, as ComfyUI's own nodes have it
 
@@ -16,7 +16,8 @@ SEED: Any = ("INT", {
     "default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "control_after_generate": True,
     "tooltip": "The seed of the noise, as in KSampler."})  # fmt: skip
 ORDER: Any = (list(FIRST), {
-    "default": "top-to-bottom", "tooltip": "The direction in which the picture is generated."})  # fmt: skip
+    "default": "top-to-bottom", "tooltip": "The direction in which the picture is generated. difficulty: easy blocks "
+    "first, as the draft (of at least 2 steps) finds them."})  # fmt: skip
 EVERY_ORDER: Any = ([*FIRST, *(name for name in ORDERS if name not in FIRST)], ORDER[1])
 WINDOW: Any = ("INT", {
     "default": 64, "min": 16, "max": 512, "step": 16,
@@ -45,6 +46,13 @@ EXTRAS: dict[str, Any] = {
     "memory_cap": ("INT", {
         "default": 0, "min": 0, "max": 1048576, "step": 256, "advanced": True,
         "tooltip": "Most tokens that memory holds (Flux). 0 is no cap. FLUX.1-dev needs 0.7 MB a token in bf16."}),
+}  # fmt: skip
+# Behind all other inputs of a node: widgets of saved workflows are told by their places.
+NEWER: dict[str, Any] = {
+    "extrapolation": ("FLOAT", {
+        "default": 0.0, "min": 0.0, "max": 1.0, "step": 0.05, "advanced": True,
+        "tooltip": "Share of their noise that blocks still waiting are attended to without (Flux). 0 is as the draft "
+        "left them."}),
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class AutoregressiveRollingDiffusionSampler(inputs.Early):
                 "autoregressive_order": inputs.ORDER,
                 **ROLLING,
             },
-            "optional": inputs.EXTRAS,
+            "optional": {**inputs.EXTRAS, **inputs.NEWER},
         }  # fmt: skip
 
     @classmethod
@@ -79,9 +79,9 @@ class AutoregressiveRollingDiffusionSampler(inputs.Early):
 
     def sample(self, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise,
                autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
-               draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0):  # fmt: skip
+               draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0, extrapolation=0.0):  # fmt: skip
         settings = Settings(autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
-                            draft, lookahead, context_noise, memory_cap, seed)  # fmt: skip
+                            draft, lookahead, context_noise, memory_cap, seed, extrapolation)  # fmt: skip
         stock = comfy.samplers.KSampler(
             model, steps, model.load_device, sampler_name, scheduler, denoise, model_options=model.model_options
         )
@@ -120,7 +120,7 @@ class AutoregressiveRollingDiffusionSamplerAdvanced(inputs.Early):
                 "autoregressive_order": inputs.ORDER,
                 **ROLLING,
             },
-            "optional": inputs.EXTRAS,
+            "optional": {**inputs.EXTRAS, **inputs.NEWER},
         }  # fmt: skip
 
     @classmethod
@@ -130,9 +130,9 @@ class AutoregressiveRollingDiffusionSamplerAdvanced(inputs.Early):
     def sample(self, model, positive, negative, latent_image, add_noise, noise_seed, steps, cfg, sampler_name,
                scheduler, start_at_step, end_at_step, return_with_leftover_noise, autoregressive_order,
                rolling_window_size, rolling_overlap, attention_persistence,
-               draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0):  # fmt: skip
+               draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0, extrapolation=0.0):  # fmt: skip
         settings = Settings(autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
-                            draft, lookahead, context_noise, memory_cap, noise_seed)  # fmt: skip
+                            draft, lookahead, context_noise, memory_cap, noise_seed, extrapolation)  # fmt: skip
         stock = comfy.samplers.KSampler(
             model, steps, model.load_device, sampler_name, scheduler, 1.0, model_options=model.model_options
         )
@@ -195,13 +195,13 @@ class RollingSampler(inputs.Early):
                 "autoregressive_order": inputs.EVERY_ORDER,
                 **ROLLING,
             },
-            "optional": inputs.EXTRAS,
+            "optional": {**inputs.EXTRAS, **inputs.NEWER},
         }
 
     def wrap(self, sampler, autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
-             draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0):  # fmt: skip
+             draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0, extrapolation=0.0):  # fmt: skip
         settings = Settings(autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
-                            draft, lookahead, context_noise, memory_cap)  # fmt: skip
+                            draft, lookahead, context_noise, memory_cap, extrapolation=extrapolation)  # fmt: skip
         return (Rolling(sampler, settings),)
 
 

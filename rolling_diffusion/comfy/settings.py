@@ -35,6 +35,7 @@ class Settings:
     context_noise: float = 0.0
     memory_cap: int = 0
     seed: int = 0
+    extrapolation: float = 0.0
 
     def plan(self, height: int, width: int, steps: int, multiple: int = 1, pixels: int = 8) -> Plan:
         """The plan for a canvas in the model's own cells, of `pixels` pixels a side; ValueError as plan_for's.
@@ -64,6 +65,7 @@ class Settings:
             seed=self.seed % 2**63,
             multiple=multiple,
             persistence=self.persistence,
+            extrapolation=self.extrapolation,
         )
 
     def fitted(self, height: int, width: int, notes: Notes) -> Settings:

@@ -14,7 +14,7 @@ import random
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any, NamedTuple, overload
@@ -29,17 +29,18 @@ class Route(NamedTuple):
     name: str
     path: Walk
     axis: str  # "rows" or "columns": strips that lie one below, or beside, the other; "tiles"
-    backwards: bool  # are strips cut from the far edge, so that the last one, not the first, may be smaller?
+    backwards: bool = False  # are strips cut from the far edge, so that the last one, not the first, may be smaller?
+    late: bool = False  # is the way known only at the end of the draft, and the path one to count with until then?
 
 
 ROUTES: dict[str, Route] = {}
 
 
-def order(name: str, axis: str = "tiles", backwards: bool = False) -> Callable[[Walk], Walk]:
+def order(name: str, axis: str = "tiles", backwards: bool = False, late: bool = False) -> Callable[[Walk], Walk]:
     """Registers a function as the order `name`, over tiles, or over strips along an axis, "rows" or "columns"."""
 
     def register(path: Walk) -> Walk:
-        ROUTES[name] = Route(name, path, axis, backwards)
+        ROUTES[name] = Route(name, path, axis, backwards, late)
         return path
 
     return register
@@ -85,14 +86,36 @@ def _random(down: int, across: int, seed: int) -> Sequence[int]:
     return sorted(range(down * across), key=lambda _: draw.random())
 
 
+@order("difficulty", late=True)
+def _difficulty(down: int, across: int, seed: int) -> Sequence[int]:
+    """Easy blocks first: `Plan.decided` knows which are. Until then it goes from tile to tile as "random" does."""
+    return _random(down, across, seed)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A path over tiles that was found while drawing, in the form of an order's function."""
+
+    name: str
+    path: tuple[int, ...]
+
+    @property
+    def __name__(self) -> str:  # as a function has it
+        return self.name
+
+    def __call__(self, down: int, across: int, seed: int) -> Sequence[int]:
+        return self.path
+
+
 ORDERS = tuple(ROUTES)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of cells, generated as one unit. `index` is its place in the order."""
+    """A rectangle of cells, generated as one unit. `index` is its place in the order, and no part of what it is: a
+    block stays the same one where its order is decided anew."""
 
-    index: int
+    index: int = field(compare=False)
     top: int
     left: int
     height: int
@@ -544,7 +567,7 @@ def _split(band: Block, size: int) -> Iterator[Block]:
 def route_of(order: str | Walk) -> Route:
     """The route of a name, or of a function, which goes over tiles unless it is registered otherwise."""
     if callable(order):
-        own = Route(getattr(order, "__name__", "of its own"), order, "tiles", False)
+        own = Route(getattr(order, "__name__", "of its own"), order, "tiles")
         return next((route for route in ROUTES.values() if route.path is order), own)
     if order not in ROUTES:
         raise ValueError(f"unknown order {order!r}: choose one of {', '.join(ROUTES)}")
@@ -595,6 +618,17 @@ def whole(what: str, value: Any, least: int | None = None, unit: str = "") -> in
     if least is not None and number < least:
         raise ValueError(f"{what} is {number}{f' {unit}' if unit else ''}, and must be at least {least}")
     return number
+
+
+def share(what: str, value: float) -> float:
+    """`value` as a float; ValueError unless it is from 0 to 1."""
+    try:
+        fine = 0 <= value <= 1
+    except TypeError:
+        fine = False
+    if not fine:
+        raise ValueError(f"{what} is {value!r}, and must be from 0 to 1")
+    return float(value)
 
 
 def _lowest(values: Sequence[int], n: int) -> list[int]:

@@ -22,7 +22,21 @@ from fractions import Fraction
 from functools import cached_property
 
 from .cost import Cost, count
-from .order import Block, Order, RestOrder, Walk, check_given, make_order, numbered, rest_of, route_of, span, whole
+from .order import (
+    Block,
+    Found,
+    Order,
+    RestOrder,
+    Walk,
+    check_given,
+    make_order,
+    numbered,
+    rest_of,
+    route_of,
+    share,
+    span,
+    whole,
+)
 from .rule import Rule
 
 
@@ -47,6 +61,7 @@ class Plan:
     lag: int
     multiple: int
     persistence: float
+    extrapolation: float = 0.0
     given: tuple[Block, ...] = ()
     guide: tuple[int, int] | None = None
 
@@ -90,6 +105,26 @@ class Plan:
     def alone(self) -> bool:
         """True if this is ordinary diffusion: one block, or all of them at one level."""
         return self.lag == 0 or len(self.blocks) == 1
+
+    @property
+    def late(self) -> bool:
+        """Is the order decided at the end of the draft? Until then `blocks` go a way that serves to count with: how
+        many they are, how large, and when each place in the order has its turn, stays as it is; the cost is that of
+        such a way, which for a lookahead over the whole canvas and a persistence of 1 is any way's."""
+        return isinstance(self.order, str) and route_of(self.order).late and not self.alone
+
+    def decided(self, difficulty: Sequence[float]) -> Plan:
+        """The plan in its decided order: easy blocks first, and among equals as before.
+
+        difficulty: a number for each of `blocks`. A block may have another place in the new plan, and so an index.
+        """
+        assert isinstance(self.order, str)
+        rest = rest_of(self.given, self.height, self.width)
+        across = -(-rest.width // self.size)
+        ordered = [self.blocks[g] for g in sorted(range(len(self.blocks)), key=difficulty.__getitem__)]
+        path = [(b.top - rest.top) // self.size * across + (b.left - rest.left) // self.size for b in ordered]
+        path += sorted({*range(-(-rest.height // self.size) * across)} - {*path})  # those that are given
+        return replace(self, order=Found(self.order, tuple(path)))
 
     @property
     def capacity(self) -> int:
@@ -173,10 +208,11 @@ class Plan:
     def __str__(self) -> str:
         cost = self.cost()
         reach = "the whole canvas" if self.lookahead is None else f"{self.lookahead} cells"
+        late = ", decided at the end of the draft" if self.late else ""
         known = f", {sum(part.cells for part in self.given) / (self.height * self.width):.0%} of it given"
         rows = {
             "canvas": f"{self.height} × {self.width} cells{known if self.given else ''}, "
-            f"{len(self.blocks)} blocks {self.blocks.name}",
+            f"{len(self.blocks)} blocks {self.blocks.name}{late}",
             "window": f"{self.window} cells, advancing by {self.window - self.overlap}, looking ahead {reach}",
             "steps": f"{self.steps}, of them {self.draft} draft; lag {self.lag}, at most {self.capacity} in motion",
             "calls": f"{cost.ticks} ticks + {cost.waiting_calls} for waiting blocks + {cost.commits} commits"
@@ -201,19 +237,24 @@ def make_plan(
     lag: int | str | None = None,
     multiple: int = 2,
     persistence: float = 1.0,
+    extrapolation: float = 0.0,
     given: Sequence[Block] = (),
     guide: tuple[int, int] | None = None,
 ) -> Plan:
     """The plan for a height × width canvas (cells) and `steps` steps, or the sigmas themselves.
 
     order: a name in ORDERS; a function like those, from a grid to a path over tiles; or the blocks themselves, disjoint
-    and together the whole canvas. window, overlap: in cells, multiples of `multiple` (the side of a token); the window
-    advances by their difference (over given blocks: by the thickest). draft: steps that all blocks take together first.
-    lookahead: cells ahead that waiting blocks are seen; None for the whole canvas, 0 for none. seed: for orders that
-    draw. lag: ticks between blocks; None for the formula, "autoregressive" to wait for the predecessor, 0 for ordinary
-    diffusion. persistence: attention weight that finished blocks keep per block of distance. given: disjoint parts of
-    the canvas that are finished from the start; the order goes over the rectangle that holds the rest. guide: height
-    and width of a smaller picture that takes the place of the draft.
+    and together the whole canvas. "difficulty" is decided at the end of a draft of at least 2 steps: first the tiles
+    whose guessed picture has come to rest (`Plan.late` says what is counted until then). window, overlap: in cells,
+    multiples of `multiple` (the side of a token); the window advances by their difference (over given blocks: by the
+    thickest). draft: steps that all blocks take together first. lookahead: cells ahead that waiting blocks are seen;
+    None for the whole canvas, 0 for none. seed: for orders that draw. lag: ticks between blocks; None for the formula,
+    "autoregressive" to wait for the predecessor, 0 for ordinary diffusion. persistence: attention weight that finished
+    blocks keep per block of distance. extrapolation: share of its noise that a waiting block is remembered without: its
+    keys are those of the draft's state moved on so far, along the draft's own velocity, towards the draft's last guess
+    (the look-ahead of Patch Forcing); 0 is the draft's state. given: disjoint parts of the canvas that are
+    finished from the start; the order goes over the rectangle that holds the rest. guide: height and width of a smaller
+    picture that takes the place of the draft.
 
     ValueError, in one sentence, for what does not fit together.
     """
@@ -239,21 +280,10 @@ def make_plan(
     run = steps - draft
     lag = whole("lag", lag, unit="ticks") if lag is not None and not isinstance(lag, str) else lag
     plan = Plan(
-        height,
-        width,
-        steps,
-        order,
-        window,
-        overlap,
-        draft,
-        rule.lookahead,
-        seed,
-        run,
-        multiple,
-        rule.persistence,
-        check_given(given, height, width, multiple),
+        height, width, steps, order, window, overlap, draft, rule.lookahead, seed, run, multiple, rule.persistence,
+        share("extrapolation", extrapolation), check_given(given, height, width, multiple),
         None if guide is None else _check_guide(guide, height, width, multiple),
-    )
+    )  # fmt: skip
     if callable(order):
         plan.blocks[0]  # its path is checked now
     if lag is None:
@@ -263,7 +293,21 @@ def make_plan(
         lag = run
     if isinstance(lag, str) or not 0 <= lag <= run:
         raise ValueError(f'lag is {lag!r}, and must be from 0 to {run} (steps - draft), "autoregressive", or None')
-    return replace(plan, lag=lag)
+    plan = replace(plan, lag=lag)
+    if plan.late and draft < 2:
+        raise ValueError(
+            f"draft is {draft} steps, and the order {order!r} needs at least 2: it is decided by what changes in the "
+            "guessed picture in the last of them"
+        )
+    if plan.extrapolation and plan.waits and not draft:
+        raise ValueError(
+            f"extrapolation is {extrapolation}, and needs a draft of at least 1 step, for it goes on from there"
+        )
+    if plan.late and plan.first:
+        raise ValueError(
+            f"a guide takes the place of the draft, in which the order {order!r} is decided: leave one out"
+        )
+    return plan
 
 
 def count_steps(steps: int | Sequence[float]) -> int:

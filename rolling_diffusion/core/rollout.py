@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cohort import Cohort, Sampler, block_seed, check_sampler, rehearse
+from .difficulty import difficulty
 from .order import Block
 from .plan import Plan
 
@@ -99,12 +100,17 @@ class _Rollout:
         self.ticks = self.total = 0
 
     def roll(self) -> Iterator[tuple[Block, Tensor]]:
-        plan, arrivals = self.plan, self.plan.arrivals()
         moving: list[int] = []
         started = since = 0
+        before: Sequence[Tensor] = ()
+        now: Sequence[Tensor] = ()
         try:
             for _ in range(self.rehearse()):  # the draft: all blocks together
-                self.tick(range(self.count))
+                before, now = now, self.tick(range(self.count))
+            if self.plan.late:
+                self.decide(difficulty(before, now))
+            del before, now
+            plan, arrivals = self.plan, self.plan.arrivals()
             while moving or started < self.count:
                 if started < self.count and plan.due(len(moving), self.ticks - since):
                     self.start(started, next(arrivals))
@@ -132,8 +138,14 @@ class _Rollout:
         self.total = plan.start(self.count - 1, draft, run) + run
         return draft
 
-    def tick(self, cohorts: Sequence[int]) -> None:
-        """One joint call of the model; every cohort in it moves on to its next request."""
+    def decide(self, difficulty: Sequence[float]) -> None:
+        """The order is known from here on; the cohorts take their places in it."""
+        plan = self.plan.decided(difficulty)
+        self.cohorts = {plan.blocks.at(b.top, b.left): self.cohorts[b.index] for b in self.plan.blocks}
+        self.plan = plan
+
+    def tick(self, cohorts: Sequence[int]) -> Sequence[Tensor]:
+        """One joint call of the model; every cohort in it moves on to its next request. Returns the answers."""
         moving, grad = self.requests(cohorts)
         with torch.set_grad_enabled(grad):
             estimates = self.denoiser.denoise(moving)
@@ -142,6 +154,7 @@ class _Rollout:
             self.callback(Frame(self.ticks, self.total, moving, tuple(estimates), self.preview))
         self.ticks += 1
         self.answer(cohorts, estimates)
+        return estimates
 
     def answer(self, cohorts: Sequence[int], estimates: Sequence[Tensor]) -> None:
         answers = iter(estimates)
@@ -154,10 +167,18 @@ class _Rollout:
         """Store the waiting blocks that come within reach; then block g leaves them."""
         if arrivals:
             moving, grad = self.requests(arrivals)
+            if self.plan.extrapolation:
+                moving = [self.extrapolated(m) for m in moving]
             with torch.set_grad_enabled(grad):
                 self.denoiser.denoise(moving, keep=True)
         if self.plan.waits:
             self.denoiser.start(self.plan.blocks[g])
+
+    def extrapolated(self, m: Moving) -> Moving:
+        """A waiting block, moved from the draft's end towards the draft's last guess, to so much less noise."""
+        share, guess = self.plan.extrapolation, self.cohorts[m.block.index].answer
+        assert guess is not None
+        return Moving(m.block, m.x.lerp(guess.to(m.x), share), m.sigma * (1 - share))
 
     def finish(self, g: int) -> Iterator[tuple[Block, Tensor]]:
         cohort, blocks = self.cohorts.pop(g), self.blocks(g)

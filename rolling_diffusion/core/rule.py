@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .order import Block, whole
+from .order import Block, share, whole
 
 FAINT = 1e-3  # finished blocks whose attention weight is below this are not seen
 
@@ -38,13 +38,7 @@ class Rule:
     onward: bool = False
 
     def __post_init__(self) -> None:
-        try:
-            fine = 0 <= self.persistence <= 1
-        except TypeError:
-            fine = False
-        if not fine:
-            raise ValueError(f"persistence is {self.persistence!r}, and must be from 0 to 1")
-        object.__setattr__(self, "persistence", float(self.persistence))
+        object.__setattr__(self, "persistence", share("persistence", self.persistence))
         for name, least in (("lookahead", 0), ("size", 1), ("cap", 0), ("sinks", 0)):
             value = getattr(self, name)
             if value is None and name != "sinks":

@@ -75,6 +75,7 @@ class Rolling:
         scheduler_sigmas: str | None = None,
         text_level: str | None = None,
         context_noise: float | None = None,
+        extrapolation: float | None = None,
         memory_tokens: int | None = None,
         memory_device: torch.device | str | None = None,
         on_tick: Callable[[Tick], object] | None = None,
@@ -85,7 +86,8 @@ class Rolling:
     ) -> Any:
         """The pipeline's own arguments, with its meanings; what it returns is returned. Beyond them:
 
-        order: which part is drawn first: one of rolling_diffusion.ORDERS, or an order of your own (see make_plan).
+        order: which part is drawn first: one of rolling_diffusion.ORDERS, or an order of your own (see make_plan). Of
+            several pictures in one call, all take the same; "difficulty" goes by their mean.
         window, overlap: cells (of 8 pixels) that are in motion, and by how much fewer the window advances.
         attention_persistence: attention weight that finished blocks keep per block of distance; 0 is no memory.
         draft: first steps that all blocks take together.
@@ -96,6 +98,7 @@ class Rolling:
         cfg: one number for guidance, in place of guidance_scale and true_cfg_scale: see docs/flux.md.
         sampler, scheduler_sigmas: names in SAMPLERS and SPACINGS, in place of the pipeline's scheduler.
         text_level, context_noise: see Card.
+        extrapolation: share of its noise that a waiting block is remembered without; 0: as the draft left it.
         memory_tokens: most tokens attended to in memory. memory_device: where they are kept; None for the GPU if they
             fit and nothing is offloaded, else the CPU.
         on_tick: called in each tick with a rolling_diffusion.Tick.
@@ -151,6 +154,7 @@ class Rolling:
                 lag=lag,
                 seed=seeds[0] if seeds else torch.initial_seed(),
                 multiple=family.patch,
+                extrapolation=extrapolation,
                 calls_per_step=each,
                 given=() if source is None else source.blocks(height, width),
                 guide=small,

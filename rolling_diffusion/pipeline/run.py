@@ -21,6 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ..core.cohort import block_seed
+from ..core.difficulty import difficulty
 from ..core.memory import Memory
 from ..core.order import Block
 from ..core.plan import Plan
@@ -35,13 +36,17 @@ from .guidance import Guidance, project
 
 @dataclass(frozen=True)
 class Tick:
-    """What `on_tick` is told: tick `number` (from 0) of `total`, the blocks in motion, and the canvas as guessed."""
+    """What `on_tick` is told: tick `number` (from 0) of `total`, the blocks in motion, and the canvas as guessed.
+
+    plan: as it stands in this tick; an order that is decided at the end of the draft is known from the next one on.
+    """
 
     number: int
     total: int
     blocks: tuple[Block, ...]
     sigmas: tuple[float, ...]  # the noise level of each block in motion
     latents: Tensor  # the newest x0 of every block, in the pipeline's own form; noise where there is none yet
+    plan: Plan
     _cells: Callable[[Tensor], Tensor]
 
     @property
@@ -176,6 +181,7 @@ class ControlNet:
         if question not in self.known:
             sums: list[Any] = [None, None]
             for i, (net, request) in enumerate(self.each()):
+                request = self.run.extrapolated(request) if kind == "waiting" else request
                 if i == len(self.memories):
                     self.memories.append(self.run.memory(request["hidden_states"]))
                 for j, found in enumerate(
@@ -240,7 +246,8 @@ class Run:
         self.finished: list[int] = []  # blocks to be committed
         self.starting: tuple[int, Sequence[int]] | None = None  # a block, and those to be stored as it starts
         self.positive: Any = None  # the answer to the first branch
-        self.guess: Tensor | None = None
+        self.guess: Any = None  # to be shown
+        self.estimate: Any = None  # the canvas as guessed in the draft, where something hangs on it
         self.bar: Any = None
         self.like: Any = None  # a picture's latents
         self._plan: Plan | None = None
@@ -257,21 +264,26 @@ class Run:
                 raise RuntimeError("the pipeline asked how long it takes before it said how large the canvas is")
             plan = self._plan = self.make_plan(self.height, self.width, len(self.steps), self.scheduler.stepper.order)
             self.times = [float(t) for t in self.steps]
-            self.blocks = [*plan.blocks, *plan.pieces]
-            self.pieces = range(len(plan.blocks), len(self.blocks))
-            if plan.given:
-                self.partly = [b.index for b in plan.blocks if any(map(b.common, plan.given))]
-                cells = torch.zeros_like(self.family.cells(self.first[:1], plan.height, plan.width), dtype=torch.bool)
-                for part in plan.given:
-                    cells[..., part.rows, part.columns] = True
-                self.mask = self.family.latents(cells).expand_as(self.first)
-            self.tokens = [self.family.tokens(block, self.width) for block in self.blocks]
-            self.arrivals = plan.arrivals()
+            self.arrange(plan)
             self.draft = plan.steps if plan.alone else plan.draft
             self.tick = plan.first
             if self.tick == self.draft:
                 self.starting = 0, next(self.arrivals)
         return self._plan
+
+    def arrange(self, plan: Plan) -> None:
+        """The blocks, in the order of this plan."""
+        self._plan, self._layout, self._places = plan, None, {}
+        self.blocks = [*plan.blocks, *plan.pieces]
+        self.pieces = range(len(plan.blocks), len(self.blocks))
+        if plan.given:
+            self.partly = [b.index for b in plan.blocks if any(map(b.common, plan.given))]
+            cells = torch.zeros_like(self.family.cells(self.first[:1], plan.height, plan.width), dtype=torch.bool)
+            for part in plan.given:
+                cells[..., part.rows, part.columns] = True
+            self.mask = self.family.latents(cells).expand_as(self.first)
+        self.tokens = [self.family.tokens(block, self.width) for block in self.blocks]
+        self.arrivals = plan.arrivals()
 
     def prepared(self, latents: Any) -> None:
         """The pipeline has made its first latents: how large is the canvas?"""
@@ -301,7 +313,7 @@ class Run:
             request = self.family.shifted(request, rows, columns, self.height * self.width // self.family.patch**2)
         if plan.first and self.begun is None:
             assert self.start is not None
-            clean = self.start(plan).to(self.first)
+            clean = self.estimate = self.start(plan).to(self.first)
             self.begun = torch.lerp(clean.expand_as(self.first), self.first, self.times[plan.draft] / 1000)
         if self.begun is not None and self.tick == plan.first:
             request = self.family.blend(request, self.begun, 1.0)
@@ -322,7 +334,8 @@ class Run:
         if self.starting is not None:
             g, new = self.starting
             if new:
-                self.ask(request, memory, new, [self.times[plan.draft]] * len(new), "waiting")
+                level = self.times[plan.draft] * (1 - plan.extrapolation)
+                self.ask(self.extrapolated(request), memory, new, [level] * len(new), "waiting")
             for each in (memory, *(self.control.memories if self.control else ())):
                 each.start(self.blocks[g])
         moving = plan.moving(self.tick)
@@ -427,6 +440,11 @@ class Run:
             self.family.paste(blank, block, place, noise.to(blank))
         return self.family.blend(request, blank, self.context_noise)
 
+    def extrapolated(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The request with the canvas moved on from the draft's end towards the draft's last guess."""
+        share = self.plan.extrapolation
+        return self.family.blend(request, self.estimate, share) if share and self.estimate is not None else request
+
     def guided(self, branch: int, request: dict[str, Any], answer: Tensor, moving: Sequence[int] | None) -> Tensor:
         """Where the two branches are to be joined in another way than the pipeline's, the second one's answer is such
         that the pipeline's formula gives what is wanted: n + s (p - n) = p + (s - 1) d for n = p - d."""
@@ -457,6 +475,9 @@ class Run:
         self.like = sample[:1]
         if self.begun is not None and k == plan.first:
             sample = self.begun.to(sample)
+        ends = k == self.draft - 1 and not plan.alone
+        if (ends or k == self.draft - 2) and (plan.late or plan.extrapolation):
+            before, self.estimate = self.estimate, sample - self.times[k] / 1000 * output.to(sample)
         if k < self.draft:
             moving: Sequence[int] = plan.moving(k)
             drawn = not plan.alone or self.named  # else as the pipeline draws by itself
@@ -479,6 +500,12 @@ class Run:
             result = (new,)
         if self.on_tick is not None:
             self.show(moving, output, sample)
+        if ends and plan.late:
+            both = (
+                [family.cut(guess, block, self.place(g, guess)) for g, block in enumerate(self.blocks)]
+                for guess in (before, self.estimate)
+            )
+            self.arrange(plan.decided(difficulty(*both)))
         self.turn(moving)
         if self.bar is not None:
             type(self.bar).update(self.bar)
@@ -584,7 +611,7 @@ class Run:
             self.guess = torch.where(self.mask, self.known, self.guess)
         cells = functools.partial(family.cells, height=self.height, width=self.width)
         blocks = tuple(self.blocks[g] for g in moving)
-        self.on_tick(Tick(self.tick, plan.ticks, blocks, tuple(sigmas), self.guess.clone(), cells))
+        self.on_tick(Tick(self.tick, plan.ticks, blocks, tuple(sigmas), self.guess.clone(), plan, cells))
 
     @property
     def all_memories(self) -> list[Memory]:

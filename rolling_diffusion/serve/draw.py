@@ -38,7 +38,7 @@ def draw(
     seed = job.seed + number
     plan = job.plan(number, _steps_left(pipeline, job))
     wanted = moments(plan, said.partial_images) if said.partial_images else even(0, plan.ticks, said.frames)
-    veil, partials = Veil(plan), 0
+    veil, partials = Veil(), 0
 
     def on_tick(tick: Tick) -> None:
         nonlocal partials
@@ -69,6 +69,7 @@ def draw(
         draft=said.draft,
         lookahead=said.lookahead,
         lag=said.lag,
+        extrapolation=said.extrapolation,
         generator=torch.Generator("cpu").manual_seed(seed),
         on_tick=on_tick,
         **more,

@@ -46,6 +46,7 @@ class Generation(BaseModel):
     draft: Whole | None = None
     lookahead: int | str = "auto"
     lag: int | str | None = None
+    extrapolation: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, le=LAST_SEED)] | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
     cfg: Annotated[float, Field(ge=0)] | None = None

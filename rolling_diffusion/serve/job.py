@@ -77,6 +77,7 @@ class Job:
             lag=said.lag,
             seed=self.seed + number,
             multiple=TOKEN,
+            extrapolation=said.extrapolation,
             guide="auto" if self.image is None else False,
         )
 

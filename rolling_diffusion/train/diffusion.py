@@ -20,7 +20,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from ..core.memory import View
-from ..core.order import ORDERS
+from ..core.order import ROUTES
 from ..core.plan import make_plan
 from ..models.call import Levels, run
 from ..models.flux import Flux
@@ -155,7 +155,8 @@ def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor
     h, w = 2 * batch.rows, 2 * batch.columns
     steps = 24
     draft = int(rng.choice([0, 4, 6, 6, 12]))
-    order = str(rng.choice(ORDERS, p=[0.35, *[0.65 / (len(ORDERS) - 1)] * (len(ORDERS) - 1)]))
+    orders = [route.name for route in ROUTES.values() if not route.late]  # one that is decided late is as random here
+    order = str(rng.choice(orders, p=[0.35, *[0.65 / (len(orders) - 1)] * (len(orders) - 1)]))
     window = 2 * int(rng.integers(4, max(h, w) // 2 + 1))
     thick = 2 * int(rng.integers(2, max(3, window // 4 + 1)))
     lag = None if rng.random() < 0.6 else int(rng.integers(1, steps - draft + 1))

@@ -195,6 +195,46 @@ def test_persistence_lookahead_cap_and_context_noise_act(host, flux):
         assert not torch.equal(host.ours(flux, latent, **run, **change), base), change
 
 
+@pytest.mark.parametrize("kind", ["flux", "sd"])
+def test_difficulty_is_an_order_that_the_draft_decides(host, kind, monkeypatch):
+    """On Flux and in windows: what the same blocks give in that order from the start, in as many calls."""
+    model, channels = (host.tiny.flux(), 16) if kind == "flux" else (host.tiny.sd(), 4)
+    latent, run = host.tiny.latent(16, 16, channels), {"steps": 5, "window": 8, "overlap": 4, "draft": 2}
+    kinds, found = host.module("core.plan").Plan, []
+    decided = kinds.decided
+
+    def watched(self, difficulty):
+        found.append(decided(self, difficulty))
+        return found[-1]
+
+    monkeypatch.setattr(kinds, "decided", watched)
+    counted, calls = host.calls(model)
+    ours = host.ours(counted, latent, order="difficulty", **run)
+    (plan,) = found
+    assert plan.blocks.name == "difficulty" and list(plan.blocks) != list(plan.blocks)[::-1]
+    explicit, same = host.calls(model)
+    assert torch.equal(host.ours(explicit, latent, order=tuple(plan.blocks), **run), ours) and len(same) == len(calls)
+    assert torch.equal(host.ours(model, latent, order="difficulty", steps=5), host.stock(model, latent, steps=5))
+    with pytest.raises(ValueError, match="draft is 1 steps, and the order 'difficulty' needs at least 2"):
+        host.ours(model, latent, order="difficulty", **run | {"draft": 1})
+    assert len(found) == 1
+
+
+def test_extrapolation_moves_what_waiting_memory_is_stored_from(host, flux):
+    latent, run = host.tiny.latent(24, 8), {"steps": 4, "window": 8, "overlap": 4, "draft": 2}
+    model, calls = host.calls(flux)
+    base = host.ours(model, latent, **run)
+    further, more = host.calls(flux)
+    assert not torch.equal(host.ours(further, latent, **run, extrapolation=0.4), base)
+    assert torch.equal(host.ours(flux, latent, **run, extrapolation=0.0), base)
+    levels = [sigma for *_, sigma in calls], [sigma for *_, sigma in more]
+    apart = [(a, b) for a, b in zip(*levels) if a != b]
+    assert len(calls) == len(more) and apart == [(levels[0][4], pytest.approx(0.6 * levels[0][4]))] * len(apart)
+    assert 1 <= len(apart) <= 2  # the call that stores them, for one prompt and for the other
+    with pytest.raises(ValueError, match=r"extrapolation is 0\.4, and needs a draft"):
+        host.ours(flux, latent, **run | {"draft": 0}, extrapolation=0.4)
+
+
 def test_preview_grows_in_order_and_progress_counts_calls(host, flux, monkeypatch):
     """The rows of the preview that hold something grow from the top, and the bar ends where the calls end."""
     import latent_preview

@@ -49,7 +49,7 @@ def test_the_nodes_are_there_with_the_mandated_inputs(server):
     defaults = {name: spec[1]["default"] for name, spec in ours.items() if "default" in spec[1]}
     assert defaults == {"seed": 0, "steps": 20, "cfg": 7.0, "denoise": 1.0, "autoregressive_order": "top-to-bottom",
                         "rolling_window_size": 64, "rolling_overlap": 16, "attention_persistence": 0.5}  # fmt: skip
-    assert ours["autoregressive_order"][0] == ["top-to-bottom", "left-to-right", "spiral-out"]
+    assert ours["autoregressive_order"][0] == ["top-to-bottom", "left-to-right", "spiral-out", "difficulty"]
     assert (
         ours["sampler_name"][0]
         == server.get("/object_info/KSampler")["KSampler"]["input"]["required"]["sampler_name"][0]
