@@ -18,8 +18,10 @@ Layers = dict[int, KeyValue]
 class View:
     """What one call of the model may attend to: keys and values per layer, and the bias of each token."""
 
-    def __init__(self, layers: Sequence[KeyValue] | _Joined, bias: Tensor | None = None):
+    def __init__(self, layers: Sequence[KeyValue] | _Joined, bias: Tensor | None = None, blocks: Sequence[Block] = ()):
         self._layers = layers
+        self.blocks = blocks
+        """Whose tokens they are, in order."""
         self.bias = bias
         """(tokens,) added to the logits, or None when every weight is 1."""
 
@@ -135,7 +137,8 @@ class Memory:
             seen = self._fit(seen, rule.cap, free)
         if not seen:
             return None
-        return View(self._join([(kind, block) for kind, block, _ in seen]), self._bias(seen))
+        blocks = [block for _, block, _ in seen]
+        return View(self._join([(kind, block) for kind, block, _ in seen]), self._bias(seen), blocks)
 
     def _fit(self, seen: list[tuple[Kind, Block, int]], cap: int, free: bool) -> list[tuple[Kind, Block, int]]:
         """Those that rank first, up to cap tokens; finished blocks that are left out of them are freed."""

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..core.memory import View
 from ..defaults import check_text_level
+from .prompts import Prompts
 from .shares import Shares
 
 Slot = tuple[dict, str, Any]  # a dictionary, a key, and what stands there during a call
@@ -33,11 +34,14 @@ class Levels:
     """The noise level of every token in a call.
 
     timesteps: (rows,) or (B, rows), the text's level first; or a single row, when text and image share one.
-    index: (image tokens,) row of each image token; None with a single row.
+    index: (image tokens,) row of each image token; None with a single row. With several prompts the first rows are the
+    text's, one a prompt; words: (text tokens,) row of each; pooled: (B, rows, width), each row's part of its prompt.
     """
 
-    def __init__(self, timesteps: Tensor, index: Tensor | None):
-        self.timesteps, self.index = timesteps, index
+    def __init__(
+        self, timesteps: Tensor, index: Tensor | None, words: Tensor | None = None, pooled: Tensor | None = None
+    ):
+        self.timesteps, self.index, self.words, self.pooled = timesteps, index, words, pooled
 
     @classmethod
     def of(cls, levels: Tensor, index: Tensor | None, text_level: str = "max") -> Levels:
@@ -47,11 +51,29 @@ class Levels:
             return cls(levels, None)  # text and image share one row: exactly the stock computation
         if index is None:
             raise ValueError(f"index must name one of {levels.shape[-1]} levels for each image token")
-        if text_level == "mean":
-            text = levels.mean(-1, keepdim=True)
-        else:
-            text = levels.amax(-1, keepdim=True) if text_level == "max" else levels.amin(-1, keepdim=True)
-        return cls(torch.cat([text, levels], -1), index + 1)
+        return cls(torch.cat([_of_text(levels, text_level), levels], -1), index + 1)
+
+    @classmethod
+    def of_prompts(cls, levels: Tensor, index: Tensor | None, text_level: str, prompts: Prompts, text: int) -> Levels:
+        """The same for several prompts, of `text` tokens in all: a row for each prompt's words, and one for each level
+        of each prompt's image tokens. levels: (B, levels)."""
+        check_text_level(text_level)
+        count, owner = len(prompts.weights), prompts.owner
+        both = owner if index is None else index * count + owner
+        kinds, place = both.unique(return_inverse=True)
+        rows = torch.cat([_of_text(levels, text_level).expand(-1, count), levels[:, kinds // count]], -1)
+        words = torch.arange(count, device=owner.device)
+        pooled = None
+        if prompts.pooled is not None:
+            pooled = torch.stack(prompts.pooled, 1)[:, torch.cat([words, kinds % count])]
+        return cls(rows, count + place, words.repeat_interleave(text // count), pooled)
+
+
+def _of_text(levels: Tensor, text_level: str) -> Tensor:
+    """(..., levels) to (..., 1)."""
+    if text_level == "mean":
+        return levels.mean(-1, keepdim=True)
+    return levels.amax(-1, keepdim=True) if text_level == "max" else levels.amin(-1, keepdim=True)
 
 
 class Layer:
@@ -61,18 +83,23 @@ class Layer:
     """
 
     def __init__(
-        self, text: int, refs: int, text_first: bool, index: Tensor | None, bias: Tensor | None, shares: Shares | None
+        self, text: int, refs: int, text_first: bool, levels: Levels, bias: Tensor | None, shares: Shares | None
     ):
+        index, self.words = levels.index, levels.words
+        self.texts = 1 if levels.words is None else int(levels.words[-1]) + 1  # rows of the text
         self.shares = shares
         if shares is not None:
             index, text = shares.own(index), shares.text
         self.index = index
-        self.joint = None if index is None else F.pad(index, (text, 0))  # text tokens take row 0
+        if index is None or self.words is None:
+            self.joint = None if index is None else F.pad(index, (text, 0))  # text tokens take row 0
+        else:
+            self.joint = torch.cat([self.words, index])
         # The canvas's tokens among a call's, to be kept; counted so that they are the same in calls of any size.
         self.canvas: Any = slice(text, -refs or None) if text_first else slice(None, -text or None)
         if shares is not None:
             self.canvas = shares.canvas
-        self.bias = bias  # (1, 1, 1, all keys) added to the logits
+        self.bias = bias  # (1, 1, 1 or queries, all keys) added to the logits
         self.past: Callable[[], tuple[Tensor, Tensor]] | tuple[Tensor, Tensor] | None = None
         self.sink: Callable[[Tensor, Tensor], object] | None = None
         self.keeps, self.kept = False, None
@@ -83,6 +110,10 @@ class Layer:
         One matrix product a level, then a gather to tokens: a product a token would cost as much as the MLP.
         """
         return self._spread(modulation, parts, self.index)
+
+    def text(self, modulation: Tensor, parts: int) -> Sequence[Tensor]:
+        """The same for text tokens, of the rows that are theirs: (B, `texts`, parts · width)."""
+        return self._spread(modulation, parts, self.words)
 
     def both(self, modulation: Tensor, parts: int) -> Sequence[Tensor]:
         """The same for text and image tokens in one sequence."""
@@ -106,9 +137,9 @@ class Layer:
         if self.past is not None:
             past = self.past() if callable(self.past) else self.past
             key, value = torch.cat([key, past[0]], dim=1), torch.cat([value, past[1]], dim=1)
-            if self.bias is not None:
-                mask = self.bias.to(query.dtype)
-                options["backend"] = AttentionBackendName.NATIVE  # most others take no mask
+        if self.bias is not None:
+            mask = self.bias.to(query.dtype)
+            options["backend"] = AttentionBackendName.NATIVE  # most others take no mask
         attended = dispatch_attention_fn(query, key, value, attn_mask=mask, **options)
         return attended if self.shares is None else self.shares.tokens(attended)
 
@@ -181,7 +212,15 @@ def embed_levels(self: Any, timestep: Tensor, *rest: Tensor | None) -> Tensor:
     rows = timestep.shape[-1]
     sizes = [len(r) for r in rest if r is not None] + ([len(timestep)] if timestep.ndim == 2 else [])
     batch = max(1, *sizes)
-    more = [None if r is None else r.expand(batch, *r.shape[1:]).repeat_interleave(rows, 0) for r in rest]
+    pooled = getattr(self, "rolling", None)
+    more = [
+        r
+        if r is None
+        else pooled.flatten(0, 1)
+        if pooled is not None and r.ndim == 2
+        else r.expand(batch, *r.shape[1:]).repeat_interleave(rows, 0)
+        for r in rest
+    ]
     return type(self).forward(self, timestep.expand(batch, rows).flatten(), *more).unflatten(0, (batch, rows))
 
 
@@ -209,7 +248,9 @@ class Call:
         view: View | None,
         places: Any,
         shares: Shares | None,
+        prompts: Prompts | None = None,
     ):
+        self.prompts = prompts
         self.text, self.image, self.refs, self.text_first = text, image, refs, text_first
         self.levels, self.view, self.places, self.shares = levels, view, places, shares
         self.layers: list[Layer] = []
@@ -218,10 +259,13 @@ class Call:
         self.compiled = False
 
     def layer(self, text: int) -> Layer:
+        memory = None if self.view is None else self.view.bias
         bias = None
-        if self.view is not None and self.view.bias is not None:
-            bias = F.pad(self.view.bias, (text + self.image, 0))[None, None, None]
-        return Layer(text, self.refs, self.text_first, self.levels.index, bias, self.shares)
+        if self.prompts is not None and text:
+            bias = self.prompts.bias(text, self.refs, self.text_first, memory)
+        elif memory is not None:
+            bias = F.pad(memory, (text + self.image, 0))[None, None, None]
+        return Layer(text, self.refs, self.text_first, self.levels, bias, self.shares)
 
     def attention(self, text: int | None = None) -> Layer:
         """For the next attention of the model, in the order in which they are met; text: its tokens of text."""
@@ -244,13 +288,14 @@ def run(
     levels: Levels,
     view: View | None = None,
     sink: Sink | None = None,
+    prompts: Prompts | None = None,
     **more: Any,
 ) -> tuple:
     """The transformer's answer to a request on chosen tokens, in the form that its forward gives.
 
     request: arguments of the forward for the whole canvas, of `size` (height, width) cells; more: those that are for
     the chosen tokens already. tokens: raster positions of those to compute. view: memory to attend to. sink: takes keys
-    and values of these tokens, layer by layer.
+    and values of these tokens, layer by layer. prompts: where the text of the request is that of several.
     """
     model = unwrapped(transformer)
     if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
@@ -265,10 +310,10 @@ def run(
     chosen = family.choose(request, tokens, *size)
     places = tokens.to(chosen["hidden_states"].device), *size
     if refs and levels.index is not None:  # references take the text's level
-        levels = Levels(levels.timesteps, F.pad(levels.index, (0, refs)))
+        levels = Levels(levels.timesteps, F.pad(levels.index, (0, refs)), levels.words, levels.pooled)
     text, image = family.text_tokens(chosen), family.image_tokens(chosen)
     shares = Shares.of(model, text, image, refs)
-    call = Call(text, image, refs, family.text_first, levels, view, places, shares)
+    call = Call(text, image, refs, family.text_first, levels, view, places, shares, prompts)
     call.sink = sink
     # Compiled code is handed plain tensors, and gives plain tensors back.
     compiled = [transformer, *family.blocks(model)]

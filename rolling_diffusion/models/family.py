@@ -115,6 +115,11 @@ class Family(ABC):
         are not told."""
         return request
 
+    def moved(self, request: dict[str, Any], rows: Tensor, columns: Tensor) -> dict[str, Any]:
+        """The request with the places of its text's tokens moved by (text tokens,) rows and columns; the same, where
+        text has none."""
+        return request
+
     def blend(self, request: dict[str, Any], noise: Tensor, sigma: float) -> dict[str, Any]:
         """A request for clean latents, noised to sigma by noise (B, tokens, channels of the latents)."""
         x = request["hidden_states"]

@@ -38,7 +38,7 @@ def double(
     """The forward of FluxTransformerBlock with temb (B, rows, width) instead of (B, width)."""
     layer, x, text = self.rolling, hidden_states, encoder_hidden_states
     shift, scale, gate, shift2, scale2, gate2 = layer.image(self.norm1.linear(F.silu(temb)), 6)
-    t = self.norm1_context.linear(F.silu(temb[:, :1])).chunk(6, dim=-1)  # same order, for the text
+    t = layer.text(self.norm1_context.linear(F.silu(temb[:, : layer.texts])), 6)  # same order, for the text
     attended, text_attended, *adapted = self.attn(  # the third: an IP-Adapter's part
         hidden_states=self.norm1.norm(x) * (1 + scale) + shift,
         encoder_hidden_states=self.norm1_context.norm(text) * (1 + t[1]) + t[0],
@@ -84,6 +84,12 @@ class Flux(Family):
         ids = torch.cat([ids[..., :tokens, :] - offset, ids[..., tokens:, :]], -2)
         return request | {"img_ids": ids}
 
+    def moved(self, request: dict[str, Any], rows: Tensor, columns: Tensor) -> dict[str, Any]:
+        ids = request["txt_ids"].float().clone()
+        ids[..., 1] += rows
+        ids[..., 2] += columns
+        return request | {"txt_ids": ids}
+
     def choose(self, request: dict[str, Any], tokens: Tensor, height: int, width: int) -> dict[str, Any]:
         x, ids = request["hidden_states"], request["img_ids"]
         ids = ids[0] if ids.ndim == 3 else ids
@@ -99,6 +105,7 @@ class Flux(Family):
         return [*model.transformer_blocks, *model.single_transformer_blocks]
 
     def swaps(self, model: Any, call: Call) -> Iterator[Slot]:
+        yield vars(model.time_text_embed), "rolling", call.levels.pooled
         yield forward(model.time_text_embed, embed_levels)
         for blocks, function in ((model.transformer_blocks, double), (model.single_transformer_blocks, single)):
             for block in blocks:

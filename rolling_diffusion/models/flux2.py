@@ -19,7 +19,7 @@ def _image(self: Any, temb: Tensor) -> Tensor:
 
 
 def _text(self: Any, temb: Tensor) -> Tensor:
-    return type(self).forward(self, temb[:, :1])
+    return self.rolling.text(type(self).forward(self, temb[:, : self.rolling.texts]), 1)[0]
 
 
 def _both(self: Any, temb: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Flux2(Family):
     def latents(self, cells: Tensor) -> Tensor:
         return pack(cells)
 
-    shifted = Flux.shifted
+    shifted, moved = Flux.shifted, Flux.moved
 
     def encode(self, pipe: Any, pixels: Tensor) -> Tensor:
         found = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode()

@@ -50,11 +50,11 @@ def joint(
         self.norm1.linear(F.silu(temb)), 9 if self.use_dual_attention else 6
     )
     y = self.norm1.norm(x)
-    words = self.norm1_context.linear(F.silu(temb[:, :1]).to(text.dtype))
+    words = self.norm1_context.linear(F.silu(temb[:, : layer.texts]).to(text.dtype))
     if self.context_pre_only:
-        t_scale, t_shift, *t = words.chunk(2, dim=-1)
+        t_scale, t_shift, *t = layer.text(words, 2)
     else:
-        t_shift, t_scale, *t = words.chunk(6, dim=-1)
+        t_shift, t_scale, *t = layer.text(words, 6)
     attended, text_attended = attend(
         self.attn, layer, y * (1 + scale) + shift, self.norm1_context.norm(text) * (1 + t_scale) + t_shift
     )
@@ -138,6 +138,7 @@ class SD3(Family):
         return model.transformer_blocks
 
     def swaps(self, model: Any, call: Call) -> Iterator[Slot]:
+        yield vars(model.time_text_embed), "rolling", call.levels.pooled
         yield forward(model.time_text_embed, embed_levels)
         yield vars(model.pos_embed), "rolling", call.places
         yield forward(model.pos_embed, place_tokens)

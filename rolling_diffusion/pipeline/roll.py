@@ -23,6 +23,7 @@ from ..models.shares import degree
 from ..models.shares import refusal as refused_shares
 from .given import Source
 from .guidance import decide
+from .places import SOFT, Places, is_placed
 from .run import Run, Scheduler, Tick, Transformer
 from .schedulers import choose, take_levels
 from .space import NONE_LEFT, OutOfMemory, out_of_memory, place_memory, ran_out
@@ -82,6 +83,7 @@ class Rolling:
         given: Any = None,
         given_mask: Any = None,
         guide: Any = None,
+        prompt_blend: int = SOFT,
         **options: Any,
     ) -> Any:
         """The pipeline's own arguments, with its meanings; what it returns is returned. Beyond them:
@@ -107,6 +109,9 @@ class Rolling:
             finished blocks are, and costs one call.
         given_mask: where: a picture or array of as many pixels, or cells, white or true where it is given; None for
             where a picture is opaque. What is given of a token is given if all of it is.
+        prompt: also [(place, prompt), …], each for its part of the canvas: a place is a share (a float below 1) or
+            pixels (an int) along the order, from which on it holds, or a rectangle (left, top, right, bottom) of
+            pixels, over what was said before. prompt_blend: pixels over which one gives way to the next.
         guide: whether the whole picture is drawn small first, at the model's own size, and enlarged in place of the
             draft; or a picture that takes its place. None: on a canvas larger than the model's own, where neither draft
             nor lag are said.
@@ -117,6 +122,7 @@ class Rolling:
         """
         said = self._bound(args, options)
         source = given if isinstance(given, Source) else self._given(given, given_mask)
+        places = self._places(said, order, prompt_blend)
         own = "strength" in self.parameters or said.get("timesteps") is not None  # begins elsewhere itself
         if guide and (own or source is not None):
             why = "what is given needs none" if source is not None else "it begins with a picture, or steps, of its own"
@@ -181,8 +187,10 @@ class Rolling:
             if draws:
                 again = [torch.Generator(g.device).manual_seed(g.initial_seed()) for g in draws]
                 call["generator"] = again if isinstance(generator, (list, tuple)) else again[0]
+            if places is not None:
+                call["prompt"] = places.on((down, across), canvas)
             words = {"cfg": cfg, "sampler": sampler, "scheduler_sigmas": scheduler_sigmas}
-            latents = self(**{**spoken, **call}, **words, lag=0, guide=False)[0]
+            latents = self(**{**spoken, **call}, **words, lag=0, guide=False, order=order, prompt_blend=prompt_blend)[0]
             return family.enlarged(latents, (down, across), canvas)
 
         unit = pipe.vae_scale_factor
@@ -209,6 +217,7 @@ class Rolling:
             on_tick=on_tick,
             given=source,
             start=start,
+            places=places,
         )
         stepper, levels = choose(copy.deepcopy(pipe.scheduler), sampler, scheduler_sigmas)
         adopt = None if stepper is levels else lambda source: take_levels(stepper, source, pipe._execution_device)
@@ -337,6 +346,23 @@ class Rolling:
         if steps is not None and (isinstance(steps, bool) or not hasattr(steps, "__index__") or steps < 1):
             raise ValueError(f"num_inference_steps is {steps}, and must be a whole number of at least 1")
         return said | options
+
+    def _places(self, said: dict[str, Any], order: Any, soft: int) -> Places | None:
+        """Prompts with places; of those the first is what the pipeline is told."""
+        if not is_placed(said.get("prompt")):
+            return None
+        places = Places(said["prompt"], order, soft, self.pipe.vae_scale_factor, self.family.patch)
+        said["prompt"] = places.texts[0]
+        if len(places.texts) == 1:
+            return None
+        if getattr(self.pipe, "controlnet", None) is not None:
+            raise ValueError("prompts with places do not go with a ControlNet: say one prompt")
+        if degree(unwrapped(self.pipe.transformer)) > 1:
+            raise ValueError("prompts with places are not shared out over several devices: say one prompt, or take one")
+        others = [name for name in ("prompt_2", "prompt_3", "prompt_embeds") if said.get(name) is not None]
+        if others:
+            raise ValueError(f"{others[0]} is of one prompt, and the prompt has places: leave it out")
+        return places
 
     def _given(self, given: Any, mask: Any) -> Source | None:
         """What is given, checked as far as it can be before the size of the canvas is known."""
@@ -488,7 +514,18 @@ def _stand_in(pipe: Any, run: Run) -> Any:
         bar.update = lambda n=1: None  # the run's ticks move it: the pipeline counts steps
         return bar
 
+    def encode_prompt(self: Any, *args: Any, **options: Any) -> Any:
+        bound = signature.bind(self, *args, **options)
+        if run.places is None or bound.arguments["prompt"] is not run.places.texts[0]:
+            return kind.encode_prompt(self, *args, **options)
+        others = {name: None for name in ("prompt_2", "prompt_3") if name in signature.parameters}
+        encoded = [kind.encode_prompt(**bound.arguments | {"prompt": text} | others) for text in run.places.texts]
+        return run.places.join(encoded)
+
     more: dict[str, Any] = {"prepare_latents": prepare_latents, "progress_bar": progress_bar}
+    if run.places is not None:
+        signature = inspect.signature(kind.encode_prompt)
+        more["encode_prompt"] = encode_prompt
     more |= {"maybe_free_model_hooks": lambda self: pipe.maybe_free_model_hooks()} | {n: live(n) for n in LIVE}
     if hasattr(kind, "get_timesteps"):
         more["get_timesteps"] = get_timesteps

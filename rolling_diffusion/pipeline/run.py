@@ -22,16 +22,18 @@ from torch import Tensor
 
 from ..core.cohort import block_seed
 from ..core.difficulty import difficulty
-from ..core.memory import Memory
+from ..core.memory import Memory, View
 from ..core.order import Block
 from ..core.plan import Plan
 from ..core.rule import Kind
 from ..models.call import Levels, unwrapped
 from ..models.call import run as rolling_call
 from ..models.family import Family, Place
+from ..models.prompts import Prompts
 from ..models.registry import control_of
 from .given import Source
 from .guidance import Guidance, project
+from .places import Places
 
 
 @dataclass(frozen=True)
@@ -212,16 +214,18 @@ class Run:
         on_tick: Callable[[Tick], object] | None,
         given: Source | None = None,
         start: Callable[[Plan], Tensor] | None = None,
+        places: Places | None = None,
     ):
         """make_plan: of height, width, calls and calls a step. seeds: of the pictures, if generators were given. named:
         whether the scheduler was asked for by name. place_memory: where a plan's memory is kept, of such hidden states.
         given: what of the canvas is finished from the start. start: clean latents to begin with after the draft, where
-        a guide takes its place.
+        a guide takes its place. places: prompts that hold for parts of the canvas.
         """
         self.pipe, self.family, self.make_plan, self.guidance = pipe, family, make_plan, guidance
         self.named, self.text_level, self.context_noise = named, text_level, context_noise
         self.cap, self.place_memory, self.on_tick, self.given = cap, place_memory, on_tick, given
-        self.start, self.begun = start, None
+        self.start, self.begun, self.places = start, None, places
+        self.weights: Any = None  # (prompts, tokens)
         self.transformer = pipe.transformer
         net = getattr(pipe, "controlnet", None)
         self.control = None if net is None else ControlNet(self, net)
@@ -301,7 +305,7 @@ class Run:
     @property
     def stock(self) -> bool:
         """Are all tokens at one level, and is nothing remembered? Then all is done exactly as it is asked."""
-        return self.tick < self.draft and not self.pieces
+        return self.tick < self.draft and not self.pieces and self.places is None
 
     # What the transformer is asked.
 
@@ -390,8 +394,30 @@ class Run:
 
         sink = keep if kind is not None and memory.rule.stores(kind) else None
         told = told.expand(len(request["hidden_states"]), -1)  # there may be but one prompt for all pictures
-        size, rows = (self.height, self.width), Levels.of(told, index, self.text_level)
-        return rolling_call(family, model, request, tokens, size, rows, view, sink, **more)
+        size, text = (self.height, self.width), request["encoder_hidden_states"].shape[1]
+        if self.places is None or text != self.places.tokens:
+            rows = Levels.of(told, index, self.text_level)
+            return rolling_call(family, model, request, tokens, size, rows, view, sink, **more)
+        request, prompts = self.prompts(request, tokens, view)
+        rows = Levels.of_prompts(told, index, self.text_level, prompts, text)
+        return rolling_call(family, model, request, tokens, size, rows, view, sink, prompts, **more)
+
+    def prompts(self, request: dict[str, Any], tokens: Tensor, view: View | None) -> tuple[dict[str, Any], Prompts]:
+        """The request with each prompt's words where its part of the canvas begins; and the prompts of a call's tokens,
+        and of those that memory shows."""
+        assert self.places is not None
+        if self.weights is None:
+            maps = self.places.maps(self.height, self.width)
+            self.weights = maps.flatten(1).to(tokens.device)
+            owned = [(maps.argmax(0) == i).nonzero().amin(0) for i in range(len(maps))]
+            each = self.places.tokens // len(maps)
+            self.corners = torch.stack(owned).repeat_interleave(each, 0).to(tokens.device)
+        seen = None
+        if view is not None:
+            seen = torch.cat([self.family.tokens(block, self.width) for block in view.blocks]).to(tokens.device)
+        memory = None if seen is None else self.weights[:, seen]
+        prompts = Prompts(self.weights[:, tokens], memory, self.places.pooled_for(request))
+        return self.family.moved(request, *self.corners.T), prompts
 
     def memory(self, states: Tensor) -> Memory:
         """An empty memory, for calls with hidden states like these."""
