@@ -58,6 +58,7 @@ class Rolling:
         found = card_of(pipe) if card is None else card
         self.has_card = found is not None
         self.card = found if isinstance(found, Card) else Card.of(self._defaults() if found is None else found)
+        self.latents: Any = None  # of the last call, finished, in the form in which the pipeline steps them
         self.memory_bytes = 0  # of keys and values, that the last call held at most, in this process
 
     @torch.no_grad()
@@ -190,8 +191,8 @@ class Rolling:
             if places is not None:
                 call["prompt"] = places.on((down, across), canvas)
             words = {"cfg": cfg, "sampler": sampler, "scheduler_sigmas": scheduler_sigmas}
-            latents = self(**{**spoken, **call}, **words, lag=0, guide=False, order=order, prompt_blend=prompt_blend)[0]
-            return family.enlarged(latents, (down, across), canvas)
+            self(**{**spoken, **call}, **words, lag=0, guide=False, order=order, prompt_blend=prompt_blend)
+            return family.enlarged(self.latents, (down, across), canvas)
 
         unit = pipe.vae_scale_factor
         cap = card.reach if memory_tokens is None else whole("memory_tokens", memory_tokens, 0)
@@ -234,7 +235,7 @@ class Rolling:
             if plan is None and isinstance(error, OutOfMemory):
                 raise
         finally:
-            self.memory_bytes = run.most_bytes
+            self.memory_bytes, self.latents = run.most_bytes, run.latents
             run.clear()
             if not hooked:  # the pipeline leaves one, empty, for step caches
                 vars(model).pop("_diffusers_hook", None)

@@ -250,6 +250,7 @@ class Run:
         self.finished: list[int] = []  # blocks to be committed
         self.starting: tuple[int, Sequence[int]] | None = None  # a block, and those to be stored as it starts
         self.positive: Any = None  # the answer to the first branch
+        self.latents: Any = None  # after the newest step
         self.guess: Any = None  # to be shown
         self.estimate: Any = None  # the canvas as guessed in the draft, where something hangs on it
         self.bar: Any = None
@@ -532,6 +533,7 @@ class Run:
                 for guess in (before, self.estimate)
             )
             self.arrange(plan.decided(difficulty(*both)))
+        self.latents = new
         self.turn(moving)
         if self.bar is not None:
             type(self.bar).update(self.bar)

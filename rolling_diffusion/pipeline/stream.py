@@ -136,7 +136,7 @@ def stream(
         at = part.start if way.axis == 2 else 0, part.start if way.axis == 3 else 0
         generator = torch.Generator().manual_seed(block_seed(seed, Block(i, *at, 0, 0)) % 2**63)
         given = None if before is None else _source(rolling, way, before, size)
-        latents = rolling(
+        rolling(
             prompt=part.prompt,
             order=order,
             given=given,
@@ -144,8 +144,8 @@ def stream(
             output_type="latent",
             **{name: cells * cell for name, cells in size.items()},
             **options,
-        ).images
-        cells = family.cells(latents, size["height"], size["width"])
+        )
+        cells = family.cells(rolling.latents, size["height"], size["width"])
         new = way.last(cells, part.length)
         before = way.last(cells, context)
         pixels = decoder.add(new, part.last)
