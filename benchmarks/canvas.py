@@ -1,4 +1,4 @@
-"""`python -m benchmarks.canvas`: operations on canvases above the model's size; writes benchmarks/canvas.md.
+"""`python -m benchmarks.canvas`: operations above the model's size, and the seam of circles; writes benchmarks/canvas.md.
 
 Predicted for FLUX.1-dev from plans; and counted, by torch's own counter, in runs of a small model of the same structure
 on canvases that are as many times larger than its own size. It is as narrow as its size is small, so that attention has
@@ -11,17 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rolling_diffusion import Card, roll
+from rolling_diffusion import Card, load, roll
 
 from .flux import CARD, CELL, FLUX, STEPS, TEXT, arithmetic, plan_of
 
 CANVASES = {(2048, 2048): "top-to-bottom", (1024, 8192): "top-to-bottom", (4096, 4096): "top-to-bottom"}
 TARGETS = {(2048, 2048): 0.8, (1024, 8192): 0.5, (4096, 4096): 0.45}  # of full sampling
+EMBEDDED = Path(__file__).parent.parent / "rolling_diffusion" / "embedded"
 SHRINK = 4  # the small model's canvases and its own size, against FLUX.1-dev's, a side
 SMALL = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 96}
 
@@ -66,6 +68,34 @@ def counted(pipe: Any, width: int, height: int, **way: Any) -> int:
     return counter.get_total_flops()
 
 
+def seam_of(images: np.ndarray) -> float:
+    """Pictures (n, height, width, 3) whose left and right edges meet: the step from one column to the next there, against
+    that at all other borders of tokens. Of a column the median: what ends there in a few rows does not count."""
+    steps = np.abs(images - np.roll(images, 1, 2)).mean(3)
+    borders = np.median(steps, 1)[:, ::16].mean(0)
+    return float(borders[0] / borders[1:].mean())
+
+
+def circles(count: int = 24, batch: int = 6) -> list[str]:
+    """The embedded model's pictures with and without `wrap="x"`."""
+    rolled = roll(load(EMBEDDED, None, "cpu"))
+    rolled.pipe.set_progress_bar_config(disable=True)
+    prompts = ["on grass by day", "on sand in the evening", "in the snow at night", "a red ball", "a tree", "two stars"]
+    found = {}
+    for wrap in ("x", None):
+        images = []
+        for first in range(0, count, batch):
+            seeds = [torch.Generator().manual_seed(first + i) for i in range(batch)]
+            images.append(rolled(prompt=prompts, generator=seeds, output_type="np", wrap=wrap).images)
+        found[wrap] = seam_of(np.concatenate(images))
+    return [
+        "",
+        f"## Circles\n{count} pictures of the embedded model at its defaults. The step between two columns of pixels where",
+        "the left edge meets the right one, against that at all other borders of tokens:",
+        f'**{found["x"]:.3f}** with `wrap="x"` (target: at most 1.02), {found[None]:.1f} without.',
+    ]
+
+
 def main() -> None:
     card = replace(CARD, native_tokens=CARD.native_tokens // SHRINK**2, window=64 // SHRINK, overlap=16 // SHRINK)
     pipe = small_pipeline()
@@ -90,6 +120,8 @@ def main() -> None:
             f"{plain / full:.2f} | {tiled / full:.2f} | {guided / tiled:.2f} (at most 0.6) |"
         )
         print(lines[-1], flush=True)
+    lines += circles()
+    print("\n".join(lines[-4:]), flush=True)
     path = Path(__file__).parent / "canvas.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"Written to {path}")

@@ -256,6 +256,7 @@ class Call:
         self.layers: list[Layer] = []
         self.plain = self.layer(text)  # for what knows of levels alone
         self.sink: Sink | None = None
+        self.turn: Callable[[Tensor], Tensor] | None = None
         self.compiled = False
 
     def layer(self, text: int) -> Layer:
@@ -267,11 +268,17 @@ class Call:
             bias = F.pad(memory, (text + self.image, 0))[None, None, None]
         return Layer(text, self.refs, self.text_first, self.levels, bias, self.shares)
 
+    def past(self, i: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of memory for the i-th attention."""
+        assert self.view is not None
+        key, value = self.view.layer(i)
+        return (key if self.turn is None else self.turn(key)), value
+
     def attention(self, text: int | None = None) -> Layer:
         """For the next attention of the model, in the order in which they are met; text: its tokens of text."""
         i, layer = len(self.layers), copy.copy(self.plain) if text is None else self.layer(text)
         if self.view is not None:
-            layer.past = self.view.layer(i) if self.compiled else functools.partial(self.view.layer, i)
+            layer.past = self.past(i) if self.compiled else functools.partial(self.past, i)
         if self.sink is not None:
             layer.keeps = self.compiled
             layer.sink = None if self.compiled else functools.partial(self.sink, i)
@@ -289,13 +296,15 @@ def run(
     view: View | None = None,
     sink: Sink | None = None,
     prompts: Prompts | None = None,
+    turn: Callable[[Tensor], Tensor] | None = None,
     **more: Any,
 ) -> tuple:
     """The transformer's answer to a request on chosen tokens, in the form that its forward gives.
 
     request: arguments of the forward for the whole canvas, of `size` (height, width) cells; more: those that are for
     the chosen tokens already. tokens: raster positions of those to compute. view: memory to attend to. sink: takes keys
-    and values of these tokens, layer by layer. prompts: where the text of the request is that of several.
+    and values of these tokens, layer by layer. prompts: where the text of the request is that of several. turn:
+    of keys in memory, where their places are told from elsewhere now.
     """
     model = unwrapped(transformer)
     if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
@@ -314,7 +323,7 @@ def run(
     text, image = family.text_tokens(chosen), family.image_tokens(chosen)
     shares = Shares.of(model, text, image, refs)
     call = Call(text, image, refs, family.text_first, levels, view, places, shares, prompts)
-    call.sink = sink
+    call.sink, call.turn = sink, turn
     # Compiled code is handed plain tensors, and gives plain tensors back.
     compiled = [transformer, *family.blocks(model)]
     call.compiled = hasattr(transformer, "_orig_mod") or any(

@@ -66,10 +66,22 @@ class Family(ABC):
     def latents(self, cells: Tensor) -> Tensor:
         """The inverse of `cells`."""
 
-    def enlarged(self, latents: Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> Tensor:
-        """Latents of a picture of `size` (height, width) cells as those of a canvas."""
+    def enlarged(self, latents: Tensor, size: tuple[int, int], canvas: tuple[int, int], wrap: str = "") -> Tensor:
+        """Latents of a picture of `size` (height, width) cells as those of a canvas; wrap: axes of circles, of "yx"."""
         cells = self.cells(latents, *size)
-        return self.latents(F.interpolate(cells.float(), canvas, mode="bicubic", align_corners=False).to(cells))
+
+        def grown(x: Tensor) -> Tensor:
+            return F.interpolate(x.float(), canvas, mode="bicubic", align_corners=False).to(cells)
+
+        found = grown(cells)
+        for axis, name in ((2, "y"), (3, "x")):
+            if name in wrap:  # near the edges, what the half-turned picture has there
+                half, whole = cells.shape[axis] // 2, canvas[axis - 2]
+                turned = grown(cells.roll(half, axis)).roll(-(whole // 2), axis)
+                quarter = whole // 4
+                for start in (0, whole - quarter):
+                    found.narrow(axis, start, quarter).copy_(turned.narrow(axis, start, quarter))
+        return self.latents(found)
 
     def encode(self, pipe: Any, pixels: Tensor) -> Tensor:
         """Latents of pixels (B, 3, height, width), from -1 to 1, as the family's pipelines encode a picture."""
@@ -114,6 +126,19 @@ class Family(ABC):
         """The request with the places of the canvas's tokens told from (rows, columns) of it on; the same, where places
         are not told."""
         return request
+
+    @property
+    def turns(self) -> bool:
+        """Do tokens have places that keys are turned by, so that a canvas can be a circle?"""
+        return False
+
+    def around(self, request: dict[str, Any], places: Tensor) -> dict[str, Any]:
+        """The request with these (tokens, 2) rows and columns for the places of the canvas's tokens."""
+        raise NotImplementedError
+
+    def turned(self, model: Any, key: Tensor, by: Tensor) -> Tensor:
+        """Keys (B, tokens, heads, dim), after RoPE, as of tokens that lie (tokens, 2) rows and columns further."""
+        raise NotImplementedError
 
     def moved(self, request: dict[str, Any], rows: Tensor, columns: Tensor) -> dict[str, Any]:
         """The request with the places of its text's tokens moved by (text tokens,) rows and columns; the same, where

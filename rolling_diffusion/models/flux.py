@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxIPAdapterAttnProcessor
 from torch import Tensor
 from torch.nn import functional as F
@@ -83,6 +84,21 @@ class Flux(Family):
         offset[1], offset[2] = rows, columns
         ids = torch.cat([ids[..., :tokens, :] - offset, ids[..., tokens:, :]], -2)
         return request | {"img_ids": ids}
+
+    @property
+    def turns(self) -> bool:
+        return True
+
+    def around(self, request: dict[str, Any], places: Tensor) -> dict[str, Any]:
+        ids = request["img_ids"].float().clone()
+        ids[..., : len(places), 1:3] = places.to(ids)
+        return request | {"img_ids": ids}
+
+    def turned(self, model: Any, key: Tensor, by: Tensor) -> Tensor:
+        ids = by.new_zeros(len(by), len(model.config.axes_dims_rope), dtype=torch.float32)
+        ids[:, 1:3] = by
+        turned: Any = apply_rotary_emb(key, model.pos_embed(ids), sequence_dim=1)
+        return turned
 
     def moved(self, request: dict[str, Any], rows: Tensor, columns: Tensor) -> dict[str, Any]:
         ids = request["txt_ids"].float().clone()

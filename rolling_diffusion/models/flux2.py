@@ -47,7 +47,7 @@ class Flux2(Family):
     def latents(self, cells: Tensor) -> Tensor:
         return pack(cells)
 
-    shifted, moved = Flux.shifted, Flux.moved
+    shifted, moved, turns, around, turned = Flux.shifted, Flux.moved, Flux.turns, Flux.around, Flux.turned
 
     def encode(self, pipe: Any, pixels: Tensor) -> Tensor:
         found = pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 BLEND = 8  # cells over which two pieces are blended, where a decoder sees the whole canvas
 
@@ -39,6 +40,31 @@ def pixels_of(family: Any, pipe: Any, cells: Tensor) -> Tensor:
     with torch.no_grad():
         pixels = family.decode(pipe, family.latents(cells), *cells.shape[-2:])
     return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+class CircleDecoder:
+    """What a pipeline takes for its VAE where the canvas is a circle: decoding sees what lies beyond an edge."""
+
+    def __init__(self, vae: Any, wrap: str):
+        self.vae, self.wrap = vae, wrap
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.vae, name)
+
+    def decode(self, z: Tensor, *args: Any, **options: Any) -> Any:
+        """As the VAE's own; z is (B, C, height, width)."""
+        most = sight(self.vae) or 2 * BLEND
+        beyond = [min(most, side) if axis in self.wrap else 0 for axis, side in zip("yx", z.shape[-2:])]
+        padded = F.pad(z, (beyond[1], beyond[1], beyond[0], beyond[0]), mode="circular")
+        found = self.vae.decode(padded, *args, **options)
+        pixels = found[0] if isinstance(found, tuple) else found.sample
+        each = pixels.shape[-1] // padded.shape[-1]
+        top, left = (n * each for n in beyond)
+        cut = pixels[..., top : top + z.shape[-2] * each, left : left + z.shape[-1] * each]
+        if isinstance(found, tuple):
+            return (cut, *found[1:])
+        found.sample = cut
+        return found
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ..models.call import swapped, unwrapped
 from ..models.registry import family_of
 from ..models.shares import degree
 from ..models.shares import refusal as refused_shares
+from .decoding import CircleDecoder
 from .given import Source
 from .guidance import decide
 from .places import SOFT, Places, is_placed
@@ -85,6 +86,7 @@ class Rolling:
         given_mask: Any = None,
         guide: Any = None,
         prompt_blend: int = SOFT,
+        wrap: str | None = None,
         **options: Any,
     ) -> Any:
         """The pipeline's own arguments, with its meanings; what it returns is returned. Beyond them:
@@ -113,6 +115,7 @@ class Rolling:
         prompt: also [(place, prompt), …], each for its part of the canvas: a place is a share (a float below 1) or
             pixels (an int) along the order, from which on it holds, or a rectangle (left, top, right, bottom) of
             pixels, over what was said before. prompt_blend: pixels over which one gives way to the next.
+        wrap: "x", "y" or "xy": along these axes the canvas is a circle, without a seam where its edges meet.
         guide: whether the whole picture is drawn small first, at the model's own size, and enlarged in place of the
             draft; or a picture that takes its place. None: on a canvas larger than the model's own, where neither draft
             nor lag are said.
@@ -124,6 +127,13 @@ class Rolling:
         said = self._bound(args, options)
         source = given if isinstance(given, Source) else self._given(given, given_mask)
         places = self._places(said, order, prompt_blend)
+        if wrap is not None and (wrap not in ("x", "y", "xy", "yx") or not self.family.turns):
+            if self.family.turns:
+                raise ValueError(f"wrap is {wrap!r}, and must be 'x', 'y', 'xy' or None")
+            raise ValueError(
+                f"{type(self.pipe).__name__} has learned its places one by one, so a canvas cannot be a circle: leave "
+                "wrap out"
+            )
         own = "strength" in self.parameters or said.get("timesteps") is not None  # begins elsewhere itself
         if guide and (own or source is not None):
             why = "what is given needs none" if source is not None else "it begins with a picture, or steps, of its own"
@@ -191,8 +201,8 @@ class Rolling:
             if places is not None:
                 call["prompt"] = places.on((down, across), canvas)
             words = {"cfg": cfg, "sampler": sampler, "scheduler_sigmas": scheduler_sigmas}
-            self(**{**spoken, **call}, **words, lag=0, guide=False, order=order, prompt_blend=prompt_blend)
-            return family.enlarged(self.latents, (down, across), canvas)
+            self(**{**spoken, **call}, **words, lag=0, guide=False, order=order, prompt_blend=prompt_blend, wrap=wrap)
+            return family.enlarged(self.latents, (down, across), canvas, wrap or "")
 
         unit = pipe.vae_scale_factor
         cap = card.reach if memory_tokens is None else whole("memory_tokens", memory_tokens, 0)
@@ -219,6 +229,7 @@ class Rolling:
             given=source,
             start=start,
             places=places,
+            wrap=wrap or "",
         )
         stepper, levels = choose(copy.deepcopy(pipe.scheduler), sampler, scheduler_sigmas)
         adopt = None if stepper is levels else lambda source: take_levels(stepper, source, pipe._execution_device)
@@ -535,4 +546,6 @@ def _stand_in(pipe: Any, run: Run) -> Any:
     vars(twin)["scheduler"], vars(twin)["transformer"] = run.scheduler, Transformer(run, pipe.transformer)
     if run.control is not None:
         vars(twin)["controlnet"] = run.control
+    if run.wrap:
+        vars(twin)["vae"] = CircleDecoder(pipe.vae, run.wrap)
     return twin

@@ -35,6 +35,8 @@ from .given import Source
 from .guidance import Guidance, project
 from .places import Places
 
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it lie evenly on a circle, however many
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -215,17 +217,21 @@ class Run:
         given: Source | None = None,
         start: Callable[[Plan], Tensor] | None = None,
         places: Places | None = None,
+        wrap: str = "",
     ):
         """make_plan: of height, width, calls and calls a step. seeds: of the pictures, if generators were given. named:
         whether the scheduler was asked for by name. place_memory: where a plan's memory is kept, of such hidden states.
         given: what of the canvas is finished from the start. start: clean latents to begin with after the draft, where
-        a guide takes its place. places: prompts that hold for parts of the canvas.
+        a guide takes its place. places: prompts that hold for parts of the canvas. wrap: axes along which it is a
+        circle, of "yx".
         """
         self.pipe, self.family, self.make_plan, self.guidance = pipe, family, make_plan, guidance
         self.named, self.text_level, self.context_noise = named, text_level, context_noise
         self.cap, self.place_memory, self.on_tick, self.given = cap, place_memory, on_tick, given
         self.start, self.begun, self.places = start, None, places
         self.weights: Any = None  # (prompts, tokens)
+        self.wrap = wrap
+        self.seams: dict[Block, Tensor] = {}  # where places were told from, of the blocks in memory
         self.transformer = pipe.transformer
         net = getattr(pipe, "controlnet", None)
         self.control = None if net is None else ControlNet(self, net)
@@ -306,7 +312,7 @@ class Run:
     @property
     def stock(self) -> bool:
         """Are all tokens at one level, and is nothing remembered? Then all is done exactly as it is asked."""
-        return self.tick < self.draft and not self.pieces and self.places is None
+        return self.tick < self.draft and not self.pieces and self.places is None and not self.wrap
 
     # What the transformer is asked.
 
@@ -396,12 +402,49 @@ class Run:
         sink = keep if kind is not None and memory.rule.stores(kind) else None
         told = told.expand(len(request["hidden_states"]), -1)  # there may be but one prompt for all pictures
         size, text = (self.height, self.width), request["encoder_hidden_states"].shape[1]
+        if self.wrap:
+            request, more["turn"] = self.circled(request, blocks, view, kind)
         if self.places is None or text != self.places.tokens:
             rows = Levels.of(told, index, self.text_level)
             return rolling_call(family, model, request, tokens, size, rows, view, sink, **more)
         request, prompts = self.prompts(request, tokens, view)
         rows = Levels.of_prompts(told, index, self.text_level, prompts, text)
         return rolling_call(family, model, request, tokens, size, rows, view, sink, prompts, **more)
+
+    def circled(
+        self, request: dict[str, Any], blocks: Sequence[Block], view: View | None, kind: Kind | None
+    ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor] | None]:
+        """The request with places told from the seam of this call on, modulo the canvas; and how keys in memory, which
+        were stored with the seam elsewhere, are turned."""
+        patch, device = self.family.patch, request["hidden_states"].device
+        sides = torch.tensor([self.height // patch, self.width // patch])
+        seam = torch.tensor([self.seam(axis, blocks) for axis in "yx"])
+        if kind is not None:
+            self.seams.update(dict.fromkeys(blocks, seam))
+        canvas = torch.cartesian_prod(*(torch.arange(int(side)) for side in sides))
+        request = self.family.around(request, ((canvas - seam) % sides).to(device))
+        if view is None:
+            return request, None
+        stored = torch.cat([self.seams[block].expand(block.cells // patch**2, 2) for block in view.blocks])
+        tokens = canvas[torch.cat([self.family.tokens(block, self.width) for block in view.blocks])]
+        by = ((tokens - seam) % sides - (tokens - stored) % sides).to(device)
+        if not by.any():
+            return request, None
+        model = unwrapped(self.transformer)
+        return request, lambda key: self.family.turned(model, key, by)
+
+    def seam(self, axis: str, blocks: Sequence[Block]) -> int:
+        """The row, or column, of tokens from which places are told in a call: on the far side of what is in motion, and
+        each time elsewhere where that is the whole circle."""
+        if axis not in self.wrap:
+            return 0
+        rows = axis == "y"
+        side = (self.height if rows else self.width) // self.family.patch
+        spans = [(b.rows if rows else b.columns) for b in blocks]
+        first, last = min(s.start for s in spans) // self.family.patch, max(s.stop for s in spans) // self.family.patch
+        if last - first == side:
+            return round(self.tick * GOLDEN * side) % side
+        return ((first + last - side) // 2) % side
 
     def prompts(self, request: dict[str, Any], tokens: Tensor, view: View | None) -> tuple[dict[str, Any], Prompts]:
         """The request with each prompt's words where its part of the canvas begins; and the prompts of a call's tokens,
