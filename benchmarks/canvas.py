@@ -1,8 +1,8 @@
-"""`python -m benchmarks.canvas`: operations above the model's size, and the seam of circles; writes benchmarks/canvas.md.
+"""`python -m benchmarks.canvas`: what canvases above the model's size cost, and circles; writes benchmarks/canvas.md.
 
-Predicted for FLUX.1-dev from plans; and counted, by torch's own counter, in runs of a small model of the same structure
-on canvases that are as many times larger than its own size. It is as narrow as its size is small, so that attention has
-the same share of its work.
+Operations are predicted for FLUX.1-dev from plans; and counted, by torch's own counter, in runs of a small model of the
+same structure, on canvases that are as many times larger than its own size. It is as narrow as its size is small, so
+that attention has the same share of its work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CANVASES = {(2048, 2048): "top-to-bottom", (1024, 8192): "top-to-bottom", (4096,
 TARGETS = {(2048, 2048): 0.8, (1024, 8192): 0.5, (4096, 4096): 0.45}  # of full sampling
 EMBEDDED = Path(__file__).parent.parent / "rolling_diffusion" / "embedded"
 SHRINK = 4  # the small model's canvases and its own size, against FLUX.1-dev's, a side
-SMALL = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 96}
+SMALL: dict[str, Any] = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 96}
 
 
 def tiles(width: int, height: int) -> float:
@@ -42,9 +42,10 @@ def small_pipeline() -> Any:
     transformer = FluxTransformer2DModel(
         **SMALL, in_channels=64, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(16, 40, 40)
     )
-    vae = AutoencoderKL(block_out_channels=(4, 4, 4, 4), latent_channels=16, norm_num_groups=1)
+    channels: Any = (4, 4, 4, 4)
+    vae = AutoencoderKL(block_out_channels=channels, latent_channels=16, norm_num_groups=1)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    empty = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    empty: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipe = FluxPipeline(scheduler=scheduler, vae=vae, transformer=transformer.eval(), **empty)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -69,8 +70,9 @@ def counted(pipe: Any, width: int, height: int, **way: Any) -> int:
 
 
 def seam_of(images: np.ndarray) -> float:
-    """Pictures (n, height, width, 3) whose left and right edges meet: the step from one column to the next there, against
-    that at all other borders of tokens. Of a column the median: what ends there in a few rows does not count."""
+    """Of pictures (n, height, width, 3) whose left and right edges meet: the step from one column to the next there,
+    against that at all other borders of tokens. Of a column the median: what ends there in a few rows does not count.
+    """
     steps = np.abs(images - np.roll(images, 1, 2)).mean(3)
     borders = np.median(steps, 1)[:, ::16].mean(0)
     return float(borders[0] / borders[1:].mean())
@@ -90,8 +92,8 @@ def circles(count: int = 24, batch: int = 6) -> list[str]:
         found[wrap] = seam_of(np.concatenate(images))
     return [
         "",
-        f"## Circles\n{count} pictures of the embedded model at its defaults. The step between two columns of pixels where",
-        "the left edge meets the right one, against that at all other borders of tokens:",
+        f"## Circles\n{count} pictures of the embedded model at its defaults. The step between two columns of pixels",
+        "where the left edge meets the right one, against that at all other borders of tokens:",
         f'**{found["x"]:.3f}** with `wrap="x"` (target: at most 1.02), {found[None]:.1f} without.',
     ]
 

@@ -8,8 +8,8 @@ from diffusers import AutoencoderTiny
 from diffusers.models.embeddings import apply_rotary_emb
 from tiny_families import apart, draw, make, normal
 
-from rolling_diffusion import load, roll
 from benchmarks.canvas import seam_of
+from rolling_diffusion import load, roll
 from rolling_diffusion.models.registry import family_of
 from rolling_diffusion.pipeline.decoding import CircleDecoder
 
@@ -69,8 +69,6 @@ def test_decoding_goes_on_beyond_the_edge():
 
 
 def test_the_embedded_model_draws_without_a_seam():
-    """The gradient where the edges meet, against that at all other borders of tokens; the median of a column, which does
-    not mind the few rows in which an object ends there."""
     rolled = roll(load("rolling_diffusion/embedded", None, "cpu"))
     rolled.pipe.set_progress_bar_config(disable=True)
     prompts = ["on grass by day", "on sand in the evening", "in the snow at night"] * 2

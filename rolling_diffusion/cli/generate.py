@@ -33,6 +33,7 @@ SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "lcm")
 SCHEDULERS = ("simple", "karras", "exponential", "beta")
 DEFAULTS: dict[str, Any] = {
     **PLAN_DEFAULTS,
+    "wrap": None,
     "prompt": None,
     "negative_prompt": "",
     "image": None,
@@ -81,6 +82,8 @@ def add_drawing_options(parser: Parser) -> None:
         "--strength", type=decimal(0, 1), metavar="S", help="how much of it is drawn anew (default: the pipeline's own)"
     )
     add("--cfg", type=decimal(0), metavar="SCALE", help="how closely to follow the prompt (default: the model's own)")
+    circle = "x, y or xy: along these axes the edges meet without a seam (default: no circle)"
+    add("--wrap", type=name_in(("x", "y", "xy")), metavar="AXES", help=circle)
     add("--sampler", type=name_in(SAMPLERS), metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: euler)")
     add("--scheduler", type=name_in(SCHEDULERS), metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: simple)")
     add_model_options(parser)
@@ -261,6 +264,8 @@ def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | Non
     # What was not said is fitted by the same rules once more: to the steps that a picture to start from leaves, too.
     names = ("window", "overlap", "draft", "lookahead", "extrapolation")
     fit = {name: settings[name] for name in names if name in job.said}
+    if settings["wrap"]:
+        fit["wrap"] = settings["wrap"]
     if "guide" in job.said:
         fit["guide"] = GUIDE[settings["guide"]]
     blocks = job.plan.blocks
