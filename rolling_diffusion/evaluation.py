@@ -252,9 +252,9 @@ def plan_of(card: Card, options: Mapping[str, Any]) -> Plan:
     """The plan of a pipeline's call with these arguments."""
     names = {"attention_persistence": "persistence"}
     taken = ("order", "window", "overlap", "attention_persistence", "draft", "lookahead", "lag", "extrapolation")
-    sides = (options.get(side, card.size) // CELL for side in ("height", "width"))
+    height, width = (options.get(side, card.size) // CELL for side in ("height", "width"))
     said = {names.get(name, name): options[name] for name in taken if name in options}
-    return plan_for(card, *sides, options.get("num_inference_steps", card.steps), **said)
+    return plan_for(card, height, width, options.get("num_inference_steps", card.steps), **said)
 
 
 class OrderStudy:

@@ -110,7 +110,7 @@ def _canvas(page: _Page, plan: Plan) -> None:
         return
     colours = ramp(ORDER, np.linspace(0, 1, max(2, len(blocks))))
     if plan.late:
-        colours = np.broadcast_to(np.uint8(UNDECIDED), colours.shape)
+        colours = np.broadcast_to(np.array(UNDECIDED, np.uint8), colours.shape)
     small = min(min(b.width, b.height) for b in blocks) * scale
     path = []
     for number, (block, colour) in enumerate(zip(blocks, colours, strict=False)):
@@ -132,7 +132,7 @@ def _mosaic(page: _Page, plan: Plan, scale: float) -> None:
     xs = ((np.arange(columns) + 0.5) / columns * plan.width).astype(int).tolist()
     places = np.array([[plan.blocks.at(y, x) for x in xs] for y in ys])
     colours = ramp(ORDER, places / max(1, len(plan.blocks) - 1))
-    page.paste(CANVAS[:2], np.broadcast_to(np.uint8(UNDECIDED), colours.shape) if plan.late else colours)
+    page.paste(CANVAS[:2], np.broadcast_to(np.array(UNDECIDED, np.uint8), colours.shape) if plan.late else colours)
 
 
 def _legend(page: _Page, at: tuple[float, float], anchors: Sequence[tuple[int, int, int]], low: str, high: str) -> None:

@@ -80,7 +80,7 @@ def _cpu_counts() -> Iterator[None]:
     torch counts none of them; so for this one question, of torchrun on CPUs alone, it is told of one."""
     import torch
 
-    names = [(torch._C, "_get_accelerator", torch.device("cpu"))]
+    names: list[tuple[Any, str, Any]] = [(torch._C, "_get_accelerator", torch.device("cpu"))]
     if hasattr(torch, "accelerator"):
         names.append((torch.accelerator, "device_count", 1))
     with ExitStack() as stack:

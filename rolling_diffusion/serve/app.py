@@ -147,7 +147,7 @@ def make_app(
         # No path is made of what a request says: it is one of those in the folder, or none. Of all processes' pictures.
         path = None
         if folder is not None and NAME.fullmatch(name):
-            path = await asyncio.to_thread(lambda: next(folder.glob(f"*-{name}"), None))
+            path = await asyncio.to_thread(lambda kept=folder: next(kept.glob(f"*-{name}"), None))
         if path is None:
             raise Refusal("There is no such picture.", 404)
         return FileResponse(path)
