@@ -19,7 +19,13 @@ def add_options(parser: Parser) -> None:
     for stage, minutes in MINUTES.items():
         add(f"--{stage}-minutes", type=decimal(0), default=minutes, metavar="N", help=f"(default: {minutes:g})")
     for stage, steps in STAGES.items():
-        add(f"--{stage}-steps", type=whole_number(0 if stage == "decoder" else 1), default=steps, metavar="N", help=f"(default: {steps})")
+        add(
+            f"--{stage}-steps",
+            type=whole_number(0 if stage == "decoder" else 1),
+            default=steps,
+            metavar="N",
+            help=f"(default: {steps})",
+        )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (default: auto)")
     add("--seed", type=seed, default=0, metavar="N", help="(default: 0)")
 

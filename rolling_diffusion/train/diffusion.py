@@ -50,7 +50,7 @@ EARLY, LATE = (0.8, 0.2, 0, 0, 0, 0), (0.25, 0.1, 0.55, 0.04, 0.02, 0.04)
 SAMPLE_EVERY = 30  # minutes
 LABELS = 0.3  # weight of the error about labels beside that of the velocity
 LEARN_TO_ASK = 100  # steps in which the questions alone learn from their errors, lest they mislead a trained model
-# More of what is learnt last than the captions' own shares: which colour belongs to which thing, and which stands where.
+# More of what is learnt last: which colour belongs to which thing, and which thing stands where.
 SHAPES = {"one": 0.08, "two": 0.44, "count": 0.2, "relation": 0.2, "three": 0.08}
 COLOUR_RATES = (1.0, 0.75, 0.0), (0.6, 0.2, 0.2)  # with which a caption names colours, and their shares
 STAGGERED = 0.45  # share of the rolling stage's batches; all others are at one noise level, as drafts are
