@@ -11,12 +11,10 @@ from rolling_diffusion.world.detect import detect
 from rolling_diffusion.world.render import render
 from rolling_diffusion.world.scene import (
     COLOURS,
-    GROUNDS,
     HELD_OUT,
     KINDS,
     MARGIN,
     RELATIONS,
-    TIMES,
     Border,
     Scene,
     Thing,
@@ -31,6 +29,7 @@ from rolling_diffusion.world.score import (
     TASKS,
     Prompt,
     difference,
+    illustrate,
     interval,
     judge,
     make_prompt,
@@ -39,17 +38,6 @@ from rolling_diffusion.world.score import (
     summary,
 )
 from rolling_diffusion.world.strip import STEPS, follow, judge_strip, random_strip, strip_prompts
-
-
-def illustrate(prompt, rng, width=256, height=256):
-    """The renderer's own picture of a prompt."""
-    things = prompt.wanted
-    scene = Scene(
-        width, height, str(rng.choice(TIMES)), str(rng.choice(GROUNDS)), things, prompt.relation, rng.random()
-    )
-    arranged = arrange(scene, rng)
-    assert arranged is not None
-    return render(arranged)
 
 
 def test_renderers_own_pictures_score_at_least_99_percent():

@@ -28,6 +28,7 @@ def add_options(parser: Parser) -> None:
     add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
     what = "more ways: memory (each kind on and off), or all (also lags, drafts, noise levels; the default)"
     add("--study", nargs="?", const="all", type=name_in(("all", "memory")), metavar="WHICH", help=what)
+    add("--ceiling", action="store_true", help="instead: the world's own pictures, as they are and through the VAE")
     add("--batch", type=whole_number(1), default=8, metavar="N", help="pictures at a time (default: 8)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
     add("--dtype", type=name_in(DTYPES), default="auto", metavar="NAME", help=f"{', '.join(DTYPES)} (default: auto)")
@@ -48,9 +49,12 @@ def run(values: argparse.Namespace) -> int:
     check_room(common.get("width", own), common.get("height", own))
     from tqdm import tqdm
 
-    from ..evaluation import MEMORY, STUDY, WAYS, evaluate, table
+    from ..evaluation import MEMORY, STUDY, WAYS, ceiling, evaluate, table
 
     pipeline = load(folder, device, values.dtype)
+    if values.ceiling:
+        print(table(ceiling(pipeline.pipe, values.prompts, values.seed, batch=values.batch)))
+        return 0
     ways = {"all": STUDY, "memory": MEMORY, None: WAYS}[values.study]
     started = time.perf_counter()
     with tqdm(unit="picture", leave=False, disable=None) as bar:
