@@ -23,6 +23,7 @@ from .world.score import (
     Prompt,
     Verdict,
     difference,
+    illustrate,
     interval,
     judge,
     make_prompts,
@@ -180,6 +181,26 @@ def evaluate(
             report[name]["against full"] = difference(main, reference)
             report[name]["invented against full"] = more_invented(main, reference)
     return report
+
+
+@torch.no_grad()
+def ceiling(pipe: Any, count: int, seed: int = 0, *, batch: int = 8) -> dict[str, dict[str, Any]]:
+    """What no sampling can exceed: `summary` of the renderer's own pictures, and of them once decoded.
+
+    count: prompts over all tasks. pipe: one whose `vae` is made for such pictures.
+    """
+    vae, rng = pipe.vae, np.random.default_rng([seed, 8])
+    prompts = make_prompts(count, seed, (*TASKS, *APART))
+    pictures = [illustrate(prompt, rng) for prompt in prompts]
+    decoded: list[np.ndarray] = []
+    for i in range(0, count, batch):
+        x = torch.from_numpy(np.stack(pictures[i : i + batch])).permute(0, 3, 1, 2).to(vae.device, vae.dtype)
+        told = vae.encode(x / 127.5 - 1)
+        y = vae.decode(told.latents if hasattr(told, "latents") else told.latent_dist.mode()).sample
+        y = (y.float().clamp(-1, 1) + 1) * 127.5
+        decoded += list(y.round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    ways = {"rendered": pictures, "and decoded": decoded}
+    return {name: summary([judge(p, x) for p, x in zip(prompts, way)]) for name, way in ways.items()}
 
 
 def _telling(progress: Callable[[str, int, int], object] | None, name: str, total: int) -> Callable[[int], object]:

@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxPipeline
 
 from rolling_diffusion.cli import main
-from rolling_diffusion.evaluation import WAYS, OrderStudy, evaluate, order_study, order_table, paint, table
+from rolling_diffusion.evaluation import WAYS, OrderStudy, ceiling, evaluate, order_study, order_table, paint, table
 from rolling_diffusion.pipeline import roll
 from rolling_diffusion.train.export import tokenizers
 from rolling_diffusion.train.text import clip_tokens, t5_tokens
@@ -185,6 +185,13 @@ def test_the_autoencoder_keeps_what_the_detectors_need(pipe):
         for s, picture in zip(scenes, pictures)
     ]
     assert sum(kept) >= 19  # green on grass at night is what it may lose
+
+
+def test_the_ceiling_is_that_of_the_renderer_and_of_the_autoencoder(pipe):
+    report = ceiling(pipe.pipe, 9, seed=3, batch=5)
+    assert list(report) == ["rendered", "and decoded"]
+    assert all(row["pictures"] == 9 and row["score"] == 1 and row["invented"] == 0 for row in report.values())
+    assert table(report).count("\n") == 3
 
 
 def test_the_folder_is_small_and_holds_no_pickle():

@@ -1,12 +1,14 @@
 """Training: the encoder that is written down, the states that are trained on, and checkpoints that survive a kill."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 pytest.importorskip("diffusers")
 
@@ -22,10 +24,24 @@ from rolling_diffusion.train.diffusion import (
 )
 from rolling_diffusion.train.export import export, parts
 from rolling_diffusion.train.labels import Questions, labels
+from rolling_diffusion.train.optimiser import Muon
 from rolling_diffusion.train.samples import PROMPTS, Samples
-from rolling_diffusion.train.text import LENGTH, clip_tokens, embed, lesson, new_encoders, t5_tokens, train_text
+from rolling_diffusion.train.text import (
+    CLIP_IDS,
+    LENGTH,
+    T5_IDS,
+    clip_tokens,
+    embed,
+    grow,
+    lesson,
+    new_encoders,
+    t5_tokens,
+    train_text,
+)
 from rolling_diffusion.train.vae import decode, encode, linear_encoder, new_vae, pictures, train_decoder
+from rolling_diffusion.world.caption import SYNONYMS
 from rolling_diffusion.world.scene import COLOURS, KINDS, RADIUS, Scene, Thing
+from rolling_diffusion.world.strip import STEPS
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +106,24 @@ def test_every_word_of_a_caption_has_its_token():
         assert (tags[words:] == 0).all()
 
 
+def test_encoders_that_knew_no_synonyms_read_each_as_its_older_word():
+    t5, clip = new_encoders()
+    assert max(T5_IDS.values()) + 1 == len(T5_IDS) == t5.config.vocab_size
+    older = len(T5_IDS) - len(SYNONYMS), len(CLIP_IDS) - len(SYNONYMS)
+    for encoder, size in zip((t5, clip), older):
+        encoder.resize_token_embeddings(size, mean_resizing=False)
+    before = embed(t5, clip, ["two houses below a purple boat at sunset"])
+    grow(t5, clip)
+    after = embed(t5, clip, ["two houses below a purple boat at sunset"])
+    said = embed(t5, clip, ["2 Cottages beneath a violet sailboat at sunrise"])
+    assert all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(before, after, said))
+    assert t5.config.vocab_size == len(T5_IDS) and clip.config.vocab_size == len(CLIP_IDS)
+    assert not any(p.requires_grad for p in (*t5.parameters(), *clip.parameters()))
+    clip.resize_token_embeddings(30, mean_resizing=False)
+    with pytest.raises(ValueError, match="know 30 words"):
+        grow(t5, clip)
+
+
 def test_text_training_reads_back_what_it_wrote(tmp_path):
     path = tmp_path / "text.safetensors"
     trained = train_text(path, 3, batch=4, log=lambda _: None)
@@ -104,13 +138,64 @@ def test_a_new_model_predicts_nothing_and_both_losses_have_gradients(source):
     batch = source.draw(128, 128, 2)
     expected = (batch.noise - batch.tokens).square().mean()
     loss, chosen = uniform_loss(model, source, batch)
-    assert chosen is None
+    assert torch.equal(chosen, batch.own) and len(chosen) == 64
     assert torch.isclose(loss, expected, rtol=1e-3)
-    for _ in range(12):  # draws whole canvases, memories and crops alike
+    for turn in range(12):  # draws whole canvases, memories and crops alike, and pictures that continue another
+        batch = source.draw(128, 128, 2, [None, *STEPS][turn % 5])
         model.zero_grad()
         rolling_loss(model, source, batch)[0].backward()
         grad = model.proj_out.weight.grad
         assert grad is not None and grad.isfinite().all() and grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("side", STEPS)
+def test_a_stretch_sees_the_picture_that_it_continues_and_learns_none_of_it(source, side):
+    batch = source.draw(192, 128, 2, side)
+    picture = batch.ids[batch.own]
+    assert picture.amin(0).tolist() == [0, 0, 0] and picture.amax(0).tolist() == [0, 7, 11]
+    others = torch.ones(len(batch.ids), dtype=torch.bool)
+    others[batch.own] = False
+    seen = batch.ids[others, 1 if side in ("top", "bottom") else 2]
+    edge = 8 if side in ("top", "bottom") else 12
+    if side in ("left", "top"):
+        assert seen.max() == -1 and -8 <= seen.min() <= -2
+    else:
+        assert seen.min() == edge and edge + 1 <= seen.max() <= edge + 7
+    assert not batch.labels[:, others].any()
+    model = new_transformer()
+    with torch.no_grad():
+        model.proj_out.weight.normal_(0, 0.1)
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            norm = block.norm1 if hasattr(block, "norm1") else block.norm
+            norm.linear.weight.normal_(0, 0.1)  # open gates: tokens see each other
+
+    def loss(batch):
+        source.rng, source.generator = np.random.default_rng(5), torch.Generator().manual_seed(5)
+        return [f(model, source, batch)[0].item() for f in (uniform_loss, rolling_loss)]
+
+    one = loss(batch)
+    alone = torch.where(others[None, :, None], 9.0, batch.noise)  # no noise of the picture before comes in
+    assert loss(replace(batch, noise=alone)) == one
+    other = torch.where(others[None, :, None], batch.tokens + 1, batch.tokens)
+    assert all(a != b for a, b in zip(loss(replace(batch, tokens=other)), one))
+
+
+def test_muon_takes_the_steps_of_torchs_own():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has a Muon from 2.9 on")
+    torch.manual_seed(0)
+    start = [torch.randn(8, 24), torch.randn(24, 8), torch.randn(8, 24)]
+    ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    options = {"lr": 0.01, "weight_decay": 0.02}
+    one = Muon(ours, **options)
+    other = torch.optim.Muon(theirs, **options, ns_steps=4, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = b.grad = torch.randn(a.shape)
+        one.step()
+        other.step()
+    for a, b, x in zip(ours, theirs, start):
+        assert torch.allclose(a, b, atol=2e-3) and (a - x).abs().max() > 0.01  # theirs computes in bfloat16
 
 
 def test_levels_are_stratified(source):
@@ -140,12 +225,15 @@ def test_questions_teach_the_middle_and_listen_to_every_kind_of_call(source):
     questions(batch.labels).backward()
     assert model.transformer_blocks[0].attn.to_q.weight.grad is not None
     assert model.single_transformer_blocks[-1].attn.to_q.weight.grad is None
+    model.zero_grad()
+    uniform_loss(model, source, batch)
+    questions(batch.labels, teach=False).backward()
+    assert all(p.grad is None for p in model.parameters()) and questions.head[1].weight.grad is not None
     seen = set()
     for _ in range(8):
         _, chosen = rolling_loss(model, source, batch)
-        part = batch.labels if chosen is None else batch.labels[:, chosen]
-        assert questions(part).isfinite()
-        seen.add(part.shape[1])
+        assert questions(batch.labels[:, chosen]).isfinite()
+        seen.add(len(chosen))
     assert len(seen) > 1
 
 

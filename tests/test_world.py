@@ -1,21 +1,21 @@
 """The world: what is drawn is what was told, and the detectors see exactly that."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from rolling_diffusion.world.caption import PLACE_WORDS, caption, split, vocabulary
+from rolling_diffusion.world.caption import PLACE_WORDS, SYNONYMS, caption, split, typed, vocabulary
 from rolling_diffusion.world.detect import detect
 from rolling_diffusion.world.render import render
 from rolling_diffusion.world.scene import (
     COLOURS,
-    GROUNDS,
     HELD_OUT,
     KINDS,
     MARGIN,
     RELATIONS,
-    TIMES,
+    Border,
     Scene,
     Thing,
     arrange,
@@ -27,7 +27,9 @@ from rolling_diffusion.world.scene import (
 from rolling_diffusion.world.score import (
     APART,
     TASKS,
+    Prompt,
     difference,
+    illustrate,
     interval,
     judge,
     make_prompt,
@@ -35,17 +37,7 @@ from rolling_diffusion.world.score import (
     more_invented,
     summary,
 )
-
-
-def illustrate(prompt, rng, width=256, height=256):
-    """The renderer's own picture of a prompt."""
-    things = prompt.wanted
-    scene = Scene(
-        width, height, str(rng.choice(TIMES)), str(rng.choice(GROUNDS)), things, prompt.relation, rng.random()
-    )
-    arranged = arrange(scene, rng)
-    assert arranged is not None
-    return render(arranged)
+from rolling_diffusion.world.strip import STEPS, follow, judge_strip, random_strip, strip_prompts
 
 
 def test_renderers_own_pictures_score_at_least_99_percent():
@@ -199,3 +191,79 @@ def test_intervals_hold_their_shares():
 
 def test_prompts_are_the_same_for_the_same_seed():
     assert make_prompts(12, 9) == make_prompts(12, 9) != make_prompts(12, 10)
+
+
+@pytest.mark.parametrize("side", STEPS)
+def test_a_strip_is_one_world(side):
+    rng = np.random.default_rng(3)
+    scenes = list(itertools.islice(random_strip(rng, side), 12))
+    pictures = [render(scene) for scene in scenes]
+    for a, b in zip(scenes, scenes[1:]):
+        assert b.border == Border(side, a.time, a.ground) and (a.hill, a.width) == (b.hill, b.width)
+    assert len({(s.time, s.ground) for s in scenes}) > 1
+    named = [Prompt("two objects", "", s.things, colours=True) for s in scenes]
+    verdicts, seams = judge_strip(named, pictures, side)
+    assert all(v.right and v.invented == 0 for v in verdicts)
+    assert seams.repeats == 0 and max(seams.slips) <= 4 and max(seams.steps) < 1.5
+    # Pictures of other places in the world do not fit.
+    strange = [replace(s, x0=int(rng.integers(300)), y0=0, border=None) for s in scenes]
+    seams = judge_strip(named, [render(s) for s in strange], side)[1]
+    assert np.mean(seams.steps) > 2
+    assert max(seams.slips) > 4 or side in ("top", "bottom")  # sky and ground cannot be moved to meet
+
+
+def test_a_strip_of_one_scene_is_that_scene():
+    scene = random_scene(np.random.default_rng(0))
+    wide = np.concatenate([render(replace(scene, things=(), x0=x)) for x in (0, 256, 512)], 1)
+    assert np.array_equal(wide, render(replace(scene, things=(), width=768)))
+    # The hills come again after a period, and what a picture comes out of does not change what it is.
+    assert np.array_equal(render(replace(scene, x0=300)), render(scene))
+    assert np.array_equal(render(replace(scene, border=Border("left", scene.time, scene.ground))), render(scene))
+
+
+@pytest.mark.parametrize("side", STEPS)
+def test_another_hour_comes_softly_and_is_always_told(side):
+    rng = np.random.default_rng(2)
+    last = replace(random_scene(rng), things=())
+    for _ in range(20):
+        scene = follow(rng, last, side, change=True)
+        told = caption(scene, rng, setting_rate=0.0)
+        assert (told.time > 0, told.ground > 0) == (scene.time != last.time, scene.ground != last.ground)
+        assert told.time or told.ground
+        there, own = (render(replace(scene, things=(), border=b)).astype(int) for b in (scene.border, None))
+        difference = np.abs(there - own).max(-1)
+        difference = difference.max(0) if side in ("left", "right") else difference.max(1)
+        difference = difference if side in ("left", "top") else difference[::-1]
+        if (side, scene.time) != ("bottom", last.time):  # there is nothing but sky, and it is the same
+            assert difference[:20].min() > 8
+        assert difference[130:].max() == 0
+        assert np.abs(np.diff(difference)).max() < 12
+
+
+def test_what_is_cut_or_drawn_twice_at_a_border_is_counted():
+    rng = np.random.default_rng(1)
+    one, two = Thing("ball", "red", 64, 64), Thing("star", "blue", 64, 192)
+    scene = Scene(256, 256, "day", "snow", (one,))
+    after = replace(scene, x0=256, things=(two,))
+    prompts = [Prompt("colours", "", (t,), colours=True) for t in (one, two)]
+
+    def seams(*scenes):
+        return judge_strip(prompts, [render(s) for s in scenes], "left")[1]
+
+    assert seams(scene, after).repeats == 0
+    doubled = seams(scene, replace(after, things=(two, replace(one, x=128))))
+    assert (doubled.cut, doubled.doubled) == (0, 1)
+    cut = seams(replace(scene, things=(replace(one, x=256),)), replace(after, things=(two, replace(one, x=0))))
+    assert cut.cut == 1
+    assert strip_prompts(rng, 3, TASKS)[2].task == TASKS[2]
+
+
+def test_synonyms_say_the_same():
+    known, rng, said = set(vocabulary()), np.random.default_rng(1), set()
+    assert set(SYNONYMS.values()) <= known and not set(SYNONYMS) & known
+    for _ in range(1500):
+        told = caption(random_scene(rng), rng)
+        again = typed(told, rng)
+        assert [SYNONYMS.get(w, w) for w in again.words] == list(told.words) and again.tags == told.tags
+        said |= set(again.words)
+    assert len(set(SYNONYMS) - said) <= 3

@@ -36,6 +36,7 @@ def add_options(parser: Parser) -> None:
     add("--study", nargs="?", const="all", type=name_in(("all", "memory", "order")), metavar="WHICH", help=what)
     only = "of --study order, this one and what it is compared with; may be given again (default: every row)"
     add("--row", action="append", metavar="NAME", help=only)
+    add("--ceiling", action="store_true", help="instead: the world's own pictures, as they are and through the VAE")
     add("--batch", type=whole_number(1), default=8, metavar="N", help="pictures at a time (default: 8)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
     add("--dtype", type=name_in(DTYPES), default="auto", metavar="NAME", help=f"{', '.join(DTYPES)} (default: auto)")
@@ -70,7 +71,7 @@ def run(values: argparse.Namespace) -> int:
     check_room(common.get("width", card.size), common.get("height", card.size))
     from tqdm import tqdm
 
-    from ..evaluation import MEMORY, STUDY, WAYS, OrderStudy, Work, evaluate, order_study, order_table, table
+    from ..evaluation import MEMORY, STUDY, WAYS, OrderStudy, Work, ceiling, evaluate, order_study, order_table, table
 
     rows = order_study(card, common, values.row or ())
     dtype = values.dtype
@@ -78,6 +79,9 @@ def run(values: argparse.Namespace) -> int:
         dtype = "bfloat16"
     pipeline = load(folder, device, dtype)
     dtype = str(pipeline.pipe.dtype).removeprefix("torch.")
+    if values.ceiling:
+        print(table(ceiling(pipeline.pipe, count, values.seed, batch=values.batch)))
+        return 0
     # What a verdict depends on: the model, and the numbers that it is computed in.
     work = Work(values.work, {"model": identity_of(values.model), "dtype": dtype} if values.work else {})
     started = time.perf_counter()

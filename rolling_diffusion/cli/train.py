@@ -20,7 +20,13 @@ def add_options(parser: Parser) -> None:
     for stage, minutes in MINUTES.items():
         add(f"--{stage}-minutes", type=decimal(0), default=minutes, metavar="N", help=f"(default: {minutes:g})")
     for stage, steps in STAGES.items():
-        add(f"--{stage}-steps", type=whole_number(1), default=steps, metavar="N", help=f"(default: {steps})")
+        add(
+            f"--{stage}-steps",
+            type=whole_number(0 if stage == "decoder" else 1),
+            default=steps,
+            metavar="N",
+            help=f"(default: {steps})",
+        )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (default: auto)")
     add("--seed", type=seed, default=0, metavar="N", help="(default: 0)")
 
@@ -28,10 +34,6 @@ def add_options(parser: Parser) -> None:
 def run(values: argparse.Namespace) -> int:
     if not values.uniform_minutes and not values.rolling_minutes:
         raise ValueError("--uniform-minutes and --rolling-minutes are both 0: there is nothing to train")
-    import torch
-
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"training needs torch 2.9 or newer, and this is torch {torch.__version__}")
     for folder in (values.output, values.work):
         make_folder(folder)
     train(

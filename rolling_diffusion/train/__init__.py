@@ -1,4 +1,4 @@
-"""Training of the embedded model, end to end: autoencoder, text encoders, transformer. Needs torch 2.9, for Muon."""
+"""Training of the embedded model, end to end: autoencoder, text encoders, transformer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 STAGES = {"text": 1200, "decoder": 1500}  # steps
 MINUTES = {"uniform": 250.0, "rolling": 180.0}  # wall-clock; about what the shipped model had, on two CPU cores
+RATES = {"uniform": 2e-3, "rolling": 1e-3}  # of learning
+FURTHER = 0.6  # of those rates, when what is trained is trained further
 
 
 def run(
@@ -26,7 +28,8 @@ def run(
 
     The stages: text encoders, then the transformer on uniform noise and on the states of rolling, then the decoder,
     which nothing else waits for. With rolling_minutes 0 the folder holds a model that never saw staggered noise.
-    start: a model folder made earlier; its weights are trained further, and its text encoders kept as they are.
+    start: a model folder made earlier; its transformer is trained further, at a lower rate, and its decoder; its text
+    encoders are kept as they are, but for synonyms that they did not know.
     """
     import numpy as np
     import torch
@@ -52,10 +55,11 @@ def run(
         if minutes:
             source = Source(linear_encoder(vae), encoders, seed + number, device)
             path = work / f"{stage}.safetensors"
-            rate = 2e-3 if number == 1 else 1e-3
+            rate = RATES[stage] * (1.0 if start is None else FURTHER)
             train(transformer, questions, source, path, stage, minutes, rate=rate, log=log, samples=samples)
     questions.hook.remove()
-    train_decoder(vae, work / "decoder.safetensors", decoder_steps, seed=seed, log=log)
+    if decoder_steps:
+        train_decoder(vae, work / "decoder.safetensors", decoder_steps, seed=seed, log=log)
     nn.Module.to(transformer, "cpu")
     export(folder, transformer, *encoders, vae, rolling=rolling_minutes > 0)
     log(f"The model is in {folder}")

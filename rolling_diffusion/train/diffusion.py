@@ -5,13 +5,16 @@ a random plan and a random tick of it, and trains on that very state: blocks in 
 blocks clean or in memory, waiting blocks in the call or in memory. A model trained on the states it will be sampled in
 has no mismatch (Diffusion Forcing, 2407.01392); the most informative block never exceeds what a plan allows, which
 is what per-token training needs (Patch Forcing, 2604.19141).
+
+A part of the batches are stretches of a world without end: pictures that attend, besides, to the last part of the
+picture before them, which lies beyond their edge, finished, in memory. So are canvases drawn that have no end.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +28,13 @@ from ..core.plan import make_plan
 from ..models.call import Levels, run
 from ..models.flux import Flux
 from ..models.flux import pack as pack_cells
-from ..world.caption import caption
+from ..world.caption import caption, typed
 from ..world.render import render
-from ..world.scene import random_scene
+from ..world.scene import Scene, random_scene
+from ..world.strip import CHANGES, STEPS, follow
 from .checkpoint import Average, load_optimiser, optimiser_state, pack, read, resuming, unpack, write
-from .labels import Questions, labels
+from .labels import TOKEN, Questions, labels
+from .optimiser import autocast, optimisers
 from .text import embed
 from .vae import encode
 
@@ -40,10 +45,18 @@ CONFIG = {
 }  # fmt: skip
 DROP_CAPTION = 0.1
 # Canvases in pixels (width, height), the batch that takes about as long on each, and their shares early and late.
-CANVASES = ((128, 128, 32), (192, 192, 20), (256, 256, 14), (256, 384, 9), (384, 256, 9), (256, 512, 7))
+CANVASES = ((128, 128, 24), (192, 192, 15), (256, 256, 10), (256, 384, 7), (384, 256, 7), (256, 512, 5))
 EARLY, LATE = (0.8, 0.2, 0, 0, 0, 0), (0.25, 0.1, 0.55, 0.04, 0.02, 0.04)
-SAMPLE_EVERY = 10  # minutes
+SAMPLE_EVERY = 30  # minutes
 LABELS = 0.3  # weight of the error about labels beside that of the velocity
+LEARN_TO_ASK = 100  # steps in which the questions alone learn from their errors, lest they mislead a trained model
+# More of what is learnt last: which colour belongs to which thing, and which thing stands where.
+SHAPES = {"one": 0.08, "two": 0.44, "count": 0.2, "relation": 0.2, "three": 0.08}
+COLOUR_RATES = (1.0, 0.75, 0.0), (0.6, 0.2, 0.2)  # with which a caption names colours, and their shares
+STAGGERED = 0.45  # share of the rolling stage's batches; all others are at one noise level, as drafts are
+STRETCHES = 1 / 3  # share of batches that continue a picture, and on which side of them that one lies
+SIDES = {"left": 0.45, "right": 0.2, "top": 0.2, "bottom": 0.15}
+SEEN = (2, 8)  # tokens of that picture, from its edge on, that are in memory: least and most
 
 
 def new_transformer(seed: int = 0) -> FluxTransformer2DModel:
@@ -59,22 +72,10 @@ def new_transformer(seed: int = 0) -> FluxTransformer2DModel:
     return model
 
 
-def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for all else."""
-    hidden, other = [], []
-    for name, p in model.named_parameters():
-        matrix = p.ndim == 2 and "blocks" in name and "norm" not in name
-        (hidden if matrix else other).append(p)
-    return [
-        torch.optim.Muon(hidden, lr=1.0, weight_decay=0.02, ns_steps=4, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(other, lr=1.0, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-
-
 @dataclass
 class Batch:
     """Clean tokens (B, n, 64), noise alike, labels (B, n, 4), text (B, 32, 128), pooled (B, 128), ids (n, 3); rows and
-    columns of tokens."""
+    columns of the canvas; own: which tokens are the picture's. All others are of the picture before it."""
 
     tokens: Tensor
     noise: Tensor
@@ -84,6 +85,7 @@ class Batch:
     ids: Tensor
     rows: int
     columns: int
+    own: Tensor
 
 
 class Source:
@@ -93,17 +95,50 @@ class Source:
         self.vae, self.encoders, self.device = vae, encoders, device
         self.rng, self.generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
 
-    def draw(self, width: int, height: int, count: int) -> Batch:
-        scenes = [random_scene(self.rng, width, height) for _ in range(count)]
-        texts = ["" if self.rng.random() < DROP_CAPTION else caption(s, self.rng).text for s in scenes]
-        x = torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2).float() / 255
+    def draw(self, width: int, height: int, count: int, side: str | None = None) -> Batch:
+        """count pictures of so many pixels; side: where a part of the picture lies that each of them continues."""
+        rng = self.rng
+        silent = rng.random(count) < DROP_CAPTION
+        pairs = [self._scenes(width, height, side, bool(s)) for s in silent]
+        scenes = [scene for _, scene in pairs]
+        rates = rng.choice(COLOUR_RATES[0], p=COLOUR_RATES[1], size=count)
+        texts = ["" if s else typed(caption(x, rng, float(r)), rng).text for x, s, r in zip(scenes, silent, rates)]
+        pictures = [render(scene) for scene in scenes]
+        rows, columns = height // TOKEN, width // TOKEN
+        truth = labels(scenes).unflatten(1, (rows, columns))
+        own = torch.ones(rows, columns, dtype=torch.bool)
+        top = left = 0  # of the picture on the canvas, in tokens
+        if side is not None:
+            seen = int(rng.integers(SEEN[0], SEEN[1] + 1))
+            across, first = side in ("left", "right"), side in ("left", "top")
+            part = slice(-seen * TOKEN, None) if first else slice(None, seen * TOKEN)
+            for i, (last, _) in enumerate(pairs):
+                beyond = render(last)[:, part] if across else render(last)[part]
+                pictures[i] = np.concatenate([beyond, pictures[i]][:: 1 if first else -1], 1 if across else 0)
+            pad = [seen, 0] if first else [0, seen]
+            pad = pad if across else [0, 0, *pad]
+            truth, own = nn.functional.pad(truth, [0, 0, *pad]), nn.functional.pad(own, pad)
+            top, left = (0, pad[0]) if across else (pad[2], 0)
+        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
         tokens = pack_cells(encode(x, self.vae[0], self.vae[1]))
         text, pooled = embed(self.encoders[0], self.encoders[1], texts)
         noise = torch.randn(tokens.shape, generator=self.generator)
-        y, x_ = torch.meshgrid(torch.arange(height // 16), torch.arange(width // 16), indexing="ij")
+        rows, columns = own.shape
+        y, x_ = torch.meshgrid(torch.arange(rows) - top, torch.arange(columns) - left, indexing="ij")
         ids = torch.stack([torch.zeros_like(y), y, x_], -1).flatten(0, 1).float()
-        on = (x.to(self.device) for x in (tokens, noise, labels(scenes), text, pooled, ids))
-        return Batch(*on, rows=height // 16, columns=width // 16)
+        on = (x.to(self.device) for x in (tokens, noise, truth.flatten(1, 2), text, pooled, ids))
+        return Batch(*on, rows=rows, columns=columns, own=own.flatten().nonzero()[:, 0])
+
+    def _scenes(self, width: int, height: int, side: str | None, silent: bool) -> tuple[Scene, Scene]:
+        """A scene that continues the other, where there is a side; silent: no word will tell of a change."""
+        rng = self.rng
+        scene = random_scene(rng, width, height, shapes=SHAPES)
+        if side is None:
+            return scene, scene
+        # Up and down, the first picture shows the horizon, and all others hills or sky alone.
+        rows = int(rng.integers(2)) * STEPS[side][1] * height
+        last = replace(scene, x0=TOKEN * int(rng.integers(75)), y0=rows)
+        return last, follow(rng, last, side, change=not silent and rng.random() < CHANGES, shapes=SHAPES)
 
     def levels(self, count: int) -> Tensor:
         """(count,) noise levels, logit-normal, to the noisy side, where a picture's plan is decided.
@@ -138,21 +173,22 @@ def call(
     sink = None if keep is None else lambda layer, *kv: keep.__setitem__(layer, kv)
     tokens = torch.arange(x.shape[1], device=x.device) if chosen is None else chosen
     size = 2 * batch.rows, 2 * batch.columns
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with autocast(x.device.type):
         return run(Flux(model), model, request, tokens, size, Levels.of(levels, index), memory, sink)[0].float()
 
 
-def uniform_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """(mean squared error of the velocity, None: all tokens were in the call), whole canvases, one level a sample."""
-    t = source.levels(len(batch.tokens))[:, None, None]
-    v = call(model, batch, batch.tokens.lerp(batch.noise, t), t[:, :, 0])
-    return (v - (batch.noise - batch.tokens)).square().mean(), None
+def uniform_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(mean squared error of the velocity, the tokens in the call), whole pictures, one level a sample."""
+    t, own = source.levels(len(batch.tokens))[:, None, None], batch.own
+    v = call(model, batch, batch.tokens.lerp(batch.noise, t), t[:, :, 0], own, memory=beyond(model, batch))
+    return (v - (batch.noise - batch.tokens)[:, own]).square().mean(), own
 
 
-def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor, Tensor | None]:
+def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor, Tensor]:
     """(the same error over the blocks in motion, the tokens in the call), at a random tick of a random plan."""
     rng = source.rng
-    h, w = 2 * batch.rows, 2 * batch.columns
+    rows, columns = (int(batch.ids[batch.own, i].max()) + 1 for i in (1, 2))  # of the picture
+    h, w = 2 * rows, 2 * columns
     steps = 24
     draft = int(rng.choice([0, 4, 6, 6, 12]))
     orders = [route.name for route in ROUTES.values() if not route.late]  # one that is decided late is as random here
@@ -164,14 +200,16 @@ def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor
         h, w, steps, order, window, max(0, window - thick), draft, lag=lag, seed=int(rng.integers(1 << 20))
     )
     n = len(plan.blocks)
-    owner = torch.empty(h // 2, w // 2, dtype=torch.long)
+    blocks = torch.empty(h // 2, w // 2, dtype=torch.long)
     for g, block in enumerate(plan.blocks):
-        owner[block.top // 2 : (block.top + block.height) // 2, block.left // 2 : (block.left + block.width) // 2] = g
-    owner = owner.flatten()
+        blocks[block.top // 2 : (block.top + block.height) // 2, block.left // 2 : (block.left + block.width) // 2] = g
+    owner = torch.full((batch.tokens.shape[1],), n)  # n: of the picture before this one, no block of the plan
+    owner[batch.own] = blocks.flatten()
     tick = draft + int(rng.integers(max(1, plan.ticks - draft)))
-    step = torch.tensor([plan.index(tick, g) for g in range(n)])
-    after = torch.tensor([plan.index(tick + 1, g) for g in range(n)])
+    step = torch.tensor([*(plan.index(tick, g) for g in range(n)), steps])
+    after = torch.tensor([*(plan.index(tick + 1, g) for g in range(n)), steps])
     moving, finished, waiting = after > step, step >= steps, (step <= draft) & (after == step)
+    finished[n] = waiting[n] = False
     if not moving.any():
         return uniform_loss(model, source, batch)
     # Every schedule that a sampler may use is some shift of the even one; levels lie anywhere within a step.
@@ -181,19 +219,39 @@ def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor
     levels = (shift * even / (1 + (shift - 1) * even)).clamp(min=0)
     seen = str(rng.choice(["call", "memory", "finished", "nothing"], p=[0.35, 0.45, 0.12, 0.08]))
     noisy = batch.tokens.lerp(batch.noise, levels[:, owner, None])
-    memory = None
-    if seen == "call":
-        chosen = torch.arange(len(owner))
-    else:
+    memory, chosen = beyond(model, batch), batch.own
+    if seen != "call":
         chosen = moving[owner].nonzero()[:, 0]
         if seen != "nothing":
-            memory = remember(model, batch, levels, owner, finished, waiting if seen == "memory" else None)
+            memory = remember(model, batch, levels, owner, finished, waiting if seen == "memory" else None, memory)
     # Only levels that tokens in the call have: the text takes the largest of them.
     present, index = owner[chosen].unique(return_inverse=True)
     v = call(model, batch, noisy, levels[:, present], chosen, index, memory)
     error = (v - (batch.noise - batch.tokens)[:, chosen]).square().mean(-1)
     weight = moving[owner[chosen]].float()
     return (error * weight).sum() / (weight.sum() * len(error)), chosen
+
+
+Layers = dict[int, tuple[Tensor, Tensor]]  # keys and values
+
+
+def _with(view: View | None, store: Layers) -> View:
+    """The view, and after it what the store holds."""
+    if view is None:
+        return View([store[i] for i in range(len(store))])
+    return View([tuple(torch.cat(x, 1) for x in zip(view.layer(i), store[i])) for i in range(len(store))])  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def beyond(model: nn.Module, batch: Batch) -> View | None:
+    """Keys and values of the picture before this one, as sampling stores them: clean, of itself and the text alone."""
+    if len(batch.own) == batch.tokens.shape[1]:
+        return None
+    others = torch.ones(batch.tokens.shape[1], dtype=torch.bool)
+    others[batch.own] = False
+    store: Layers = {}
+    call(model, batch, batch.tokens, batch.tokens.new_zeros(len(batch.tokens), 1), others.nonzero()[:, 0], keep=store)
+    return _with(None, store)
 
 
 @torch.no_grad()
@@ -204,27 +262,24 @@ def remember(
     owner: Tensor,
     finished: Tensor,
     waiting: Tensor | None,
+    view: View | None,
 ) -> View | None:
-    """Keys and values as sampling would have stored them: waiting blocks from the draft, finished ones clean."""
-    parts: list[dict[int, tuple[Tensor, Tensor]]] = []
-    view = None
+    """Keys and values as sampling would have stored them, after those in view: waiting blocks from the draft, finished
+    ones clean."""
     if waiting is not None and waiting.any():
-        store: dict[int, tuple[Tensor, Tensor]] = {}
+        store: Layers = {}
         g = int(waiting.nonzero()[0])
         draft = levels[:, g : g + 1]
-        call(model, batch, batch.tokens.lerp(batch.noise, draft[..., None]), draft, keep=store)
-        some = waiting[owner].nonzero()[:, 0]
-        parts.append({i: (k[:, some], v[:, some]) for i, (k, v) in store.items()})
-        view = View([parts[0][i] for i in range(len(parts[0]))])
+        noisy = batch.tokens.lerp(batch.noise, draft[..., None])
+        call(model, batch, noisy, draft, batch.own, memory=view, keep=store)
+        some = waiting[owner[batch.own]].nonzero()[:, 0]
+        view = _with(view, {i: (k[:, some], v[:, some]) for i, (k, v) in store.items()})
     if finished.any():
-        some, store = finished[owner].nonzero()[:, 0], {}
+        store = {}
         zero = levels.new_zeros(len(batch.tokens), 1)
-        call(model, batch, batch.tokens, zero, some, memory=view, keep=store)
-        parts.append(store)
-    if not parts:
-        return None
-    layers = [tuple(torch.cat(x, 1) for x in zip(*(p[i] for p in parts))) for i in range(len(parts[0]))]
-    return View(layers)  # type: ignore[arg-type]
+        call(model, batch, batch.tokens, zero, finished[owner].nonzero()[:, 0], memory=view, keep=store)
+        view = _with(view, store)
+    return view
 
 
 def train(
@@ -264,10 +319,12 @@ def train(
         progress = elapsed / (60 * minutes)
         shares = np.array(LATE if stage == "rolling" or progress > 0.2 else EARLY)
         width, height, count = CANVASES[int(source.rng.choice(len(CANVASES), p=shares / shares.sum()))]
-        batch = source.draw(width, height, count)
-        rolling = stage == "rolling" and source.rng.random() < 0.75
+        stretch = source.rng.random() < STRETCHES * (stage == "rolling" or progress > 0.2)
+        side = str(source.rng.choice(list(SIDES), p=list(SIDES.values()))) if stretch else None
+        batch = source.draw(width, height, count, side)
+        rolling = stage == "rolling" and source.rng.random() < STAGGERED
         loss, chosen = (rolling_loss if rolling else uniform_loss)(model, source, batch)
-        doubt = questions(batch.labels if chosen is None else batch.labels[:, chosen])
+        doubt = questions(batch.labels[:, chosen], teach=step >= LEARN_TO_ASK)
         now = rate * min(1, (step + 1) / 100) * min(1, max(0.02, (1 - progress) / (1 - decay_from)))
         for opt in opts:
             for group in opt.param_groups:

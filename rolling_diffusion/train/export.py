@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from ..loading import plainly
 from ..world.caption import ALONE, digits
-from .text import CLIP_IDS, LENGTH, T5_IDS
+from .text import CLIP_IDS, LENGTH, T5_IDS, grow
 
 CARD = {
     "trained": True,
@@ -106,7 +106,9 @@ def parts(folder: Path) -> tuple[AutoencoderTiny, tuple[T5EncoderModel, CLIPText
         vae = AutoencoderTiny.from_pretrained(folder / "vae")
         t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2").eval().requires_grad_(False)
         clip = CLIPTextModel.from_pretrained(folder / "text_encoder").eval().requires_grad_(False)
-        return vae, (t5, clip), FluxTransformer2DModel.from_pretrained(folder / "transformer")
+        transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer")
+    grow(t5, clip)
+    return vae, (t5, clip), transformer
 
 
 def _edit(path: Path, **changes: Any) -> None:

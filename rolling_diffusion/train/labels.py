@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..world.scene import COLOURS, KINDS, Scene
+from .optimiser import autocast
 
 TOKEN = 16  # pixels
 KIND: list[str] = list(KINDS)
@@ -52,10 +53,13 @@ class Questions(nn.Module):
     def _listen(self, module: nn.Module, arguments: tuple, output: tuple[Tensor, Tensor]) -> None:
         self.states = output[1]
 
-    def forward(self, truth: Tensor) -> Tensor:
-        """The mean error of the answers about the last call's tokens; truth (B, tokens, 4) as `labels` gives it."""
-        states, self.states = self.states, torch.empty(0)
-        with torch.autocast(states.device.type, torch.bfloat16):
+    def forward(self, truth: Tensor, teach: bool = True) -> Tensor:
+        """The mean error of the answers about the last call's tokens; truth (B, tokens, 4) as `labels` gives it.
+
+        teach: whether the transformer learns from it, too.
+        """
+        states, self.states = self.states if teach else self.states.detach(), torch.empty(0)
+        with autocast(states.device.type):
             answers = self.head(states).float()
         kind, colour, place = answers.split([len(KIND) + 1, len(COLOUR) + 1, 2], -1)
         loss = F.cross_entropy(kind.flatten(0, 1), truth[..., 0].long().flatten())

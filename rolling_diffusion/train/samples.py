@@ -17,6 +17,7 @@ from torch import Tensor
 from ..models.flux import unpack
 from ..pipeline import roll
 from .export import CARD, SHIFT, tokenizers
+from .optimiser import autocast
 from .vae import PATCH, decode, linear_encoder
 
 PROMPTS = (
@@ -49,7 +50,7 @@ class Samples:
     def _draw(self, **way: Any) -> Tensor:
         """(B, 3, 256, 256) in 0 to 1."""
         generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
-        with torch.autocast(self.device, torch.bfloat16):
+        with autocast(self.device):
             (tokens,) = self.roll(list(PROMPTS), generator=generators, output_type="latent", return_dict=False, **way)
         side = CARD["size"] // PATCH
         return decode(unpack(tokens.float().cpu(), side, side), *self.encoder)

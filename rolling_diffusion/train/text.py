@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from ..world.caption import TAG_SIZES, Caption, caption, split, vocabulary
+from ..world.caption import SYNONYMS, TAG_SIZES, Caption, caption, split, typed, vocabulary
 from ..world.scene import random_scene
 from .checkpoint import pack, read, resuming, unpack, write
 
@@ -27,7 +28,8 @@ SETTING = {"time": 4, "ground": 4}
 
 
 def word_ids(special: tuple[str, ...]) -> dict[str, int]:
-    return {word: i for i, word in enumerate([*special, *vocabulary()])}
+    """Synonyms last: a model that was trained before they were known grows by their rows."""
+    return {word: i for i, word in enumerate([*special, *vocabulary(), *SYNONYMS])}
 
 
 T5_IDS, CLIP_IDS = word_ids(T5_SPECIAL), word_ids(CLIP_SPECIAL)
@@ -60,6 +62,25 @@ def new_encoders() -> tuple[T5EncoderModel, CLIPTextModel]:
         )
     )  # fmt: skip
     return t5, clip
+
+
+@torch.no_grad()
+def grow(t5: T5EncoderModel, clip: CLIPTextModel) -> None:
+    """Teaches encoders that were trained before there were synonyms those words: each means what its older word does.
+
+    ValueError if it is other words that they lack.
+    """
+    encoders: list[tuple[Any, dict[str, int]]] = [(t5, T5_IDS), (clip, CLIP_IDS)]
+    for encoder, ids in encoders:
+        known = encoder.get_input_embeddings().num_embeddings
+        if known not in (len(ids), len(ids) - len(SYNONYMS)):
+            raise ValueError(f"the text encoders know {known} words, and training speaks {len(ids)}: train them anew")
+        if known < len(ids):
+            encoder.resize_token_embeddings(len(ids), mean_resizing=False)
+            rows = encoder.get_input_embeddings().weight
+            for new, old in SYNONYMS.items():
+                rows[ids[new]] = rows[ids[old]]
+            encoder.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -96,7 +117,7 @@ def lesson(rng: np.random.Generator, batch: int) -> tuple[list[str], dict[str, T
     captions: list[Caption] = []
     for _ in range(batch):
         rate = (0.75, 0.5) if rng.random() < 0.7 else (rng.random(), rng.random())
-        told = caption(random_scene(rng), rng, *rate)
+        told = typed(caption(random_scene(rng), rng, *rate), rng)
         captions.append(Caption((), (), 0, 0) if rng.random() < 1 / 30 else told)
     tags = np.zeros((batch, LENGTH, len(TAG_SIZES)), np.int64)
     present = np.zeros((batch, TAG_SIZES["kind"] * TAG_SIZES["colour"]), np.float32)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..world.render import render
 from ..world.scene import random_scene
 from .checkpoint import Average, load_optimiser, optimiser_state, pack, read, resuming, unpack, write
+from .optimiser import autocast
 
 Log = Callable[[str], object]
 PATCH, CHANNELS, WIDTH = 8, 16, 64
@@ -156,7 +157,7 @@ def train_decoder(
         x = torch.stack(crops).float() / 255
         z = encode(x, weight, bias)
         z = z + 0.12 * torch.rand(batch, 1, 1, 1, generator=generator) * torch.randn(z.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             y = decoder(z.contiguous(memory_format=torch.channels_last))
         loss = ((y.float() + 1) / 2 - x).abs().mean()
         rate = 1.5e-3 * min(1, (step + 1) / 100) * max(0.02, 1 - step / steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -37,6 +37,17 @@ GROUND_WORDS = {
     "sand": ("on sand", "on the beach", "in the desert"),
     "snow": ("in the snow", "on snow", "over snowy hills"),
 }
+SYNONYMS = {  # words that people type, and the word of the grammar that each is read as
+    "home": "house", "homes": "houses", "cottage": "house", "cottages": "houses",
+    "ship": "boat", "ships": "boats", "sailboat": "boat", "sailboats": "boats",
+    "pine": "tree", "pines": "trees", "fir": "tree", "firs": "trees",
+    "scarlet": "red", "crimson": "red", "golden": "yellow", "violet": "purple",
+    "photo": "picture", "painting": "drawing", "sketch": "drawing", "illustration": "image",
+    "sunrise": "sunset", "dawn": "dusk", "daytime": "daylight", "midnight": "night",
+    "field": "meadow", "shore": "beach", "seaside": "beach", "dunes": "desert",
+    "beneath": "below", "underneath": "below", "beside": "with",
+}  # fmt: skip
+TYPED = 0.15  # share of words said by a synonym, where they have some, when captions are typed
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ALONE = r"(?<![a-z0-9]){}(?![a-z0-9])"  # a digit that is a number by itself
 JOINTS = ("and", "and", "with", "next to")
@@ -98,6 +109,16 @@ def vocabulary() -> list[str]:
     return sorted({w for p in phrases for w in p.split()})
 
 
+def typed(told: Caption, rng: np.random.Generator) -> Caption:
+    """The caption with some of its words said by synonyms, which the grammar itself never says."""
+    words = list(told.words)
+    for i, word in enumerate(words):
+        others = [new for new, old in SYNONYMS.items() if old == word]
+        if others and rng.random() < TYPED:
+            words[i] = others[int(rng.integers(len(others)))]
+    return replace(told, words=tuple(words))
+
+
 def _number(options: tuple[str, ...] | dict, value: str | None) -> int:
     return 0 if value is None else list(options).index(value) + 1
 
@@ -108,7 +129,10 @@ def caption(
     colour_rate: float = 0.75,
     setting_rate: float = 0.5,
 ) -> Caption:
-    """Tells a scene. Objects are always named and counted; colours and setting are named at the given rates."""
+    """Tells a scene. Objects are always named and counted; colours and setting are named at the given rates.
+
+    An hour or a ground that differs from what lies beyond the scene's border is always named.
+    """
 
     def pick(options: tuple[str, ...]) -> str:
         return str(options[int(rng.integers(len(options)))])
@@ -120,8 +144,9 @@ def caption(
             words.append(word)
             tags.append(tag)
 
-    time = scene.time if rng.random() < setting_rate else None
-    ground = scene.ground if rng.random() < setting_rate else None
+    beyond = scene.border
+    time = scene.time if rng.random() < setting_rate or (beyond and beyond.time != scene.time) else None
+    ground = scene.ground if rng.random() < setting_rate or (beyond and beyond.ground != scene.ground) else None
     setting = [pick(TIME_WORDS[time])] if time else []
     setting += [pick(GROUND_WORDS[ground])] if ground else []
     if len(setting) == 2 and rng.random() < 0.5:

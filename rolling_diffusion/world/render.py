@@ -26,6 +26,9 @@ SHADE = {  # the light that falls on the hills
 CREAM = np.array((255, 249, 232), np.float32)
 INK = np.array((58, 44, 52), np.float32)
 EDGE = 3.0  # pixels of cream paper around every object
+SWELL, PERIOD = 9, 300  # pixels by which a hill's line rises and falls, and in which it does so once
+PALE, MIST = np.array((228, 230, 234), np.float32), 0.6  # the mist, and how thick it is half-way
+SOFT = 128  # pixels over which one hour, or ground, becomes another
 
 Field = np.ndarray  # signed distance in pixels, below 0 inside
 
@@ -91,22 +94,52 @@ def _cover(distance: Field) -> Field:
     return np.clip(0.5 - distance, 0, 1)[..., None]
 
 
+def _ridge(depth: int) -> float:
+    """Where a hill's line lies, in heights of a picture: a picture's own two, then two for each height below it."""
+    return (0.66, 0.78)[depth] if depth < 2 else 1.18 + 0.5 * (depth - 2)
+
+
 @lru_cache(maxsize=512)
-def _background(width: int, height: int, time: str, ground: str, hill: int) -> np.ndarray:
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+def _background(width: int, height: int, time: str, ground: str, hill: int, x0: int, y0: int) -> np.ndarray:
+    """Sky and hills of the world without end, from its point x0, y0 on; x0 less than a PERIOD, which it repeats in."""
+    y, x = np.mgrid[y0 : y0 + height, x0 : x0 + width].astype(np.float32)
     top, low = (np.array(c, np.float32) for c in SKY[time])
-    horizon = 0.66 * height
-    picture = top + (low - top) * np.clip(y / horizon, 0, 1)[..., None]
-    for depth, colour in enumerate(HILLS[ground]):
-        line = (
-            horizon
-            + depth * 0.12 * height
-            + 9 * np.sin(2 * np.pi * (x / 300 + hill / 16 + 0.4 * depth)) * (1 + 0.4 * depth)
+    picture = top + (low - top) * np.clip(y / (0.66 * height), 0, 1)[..., None]
+    depth = max(0, int(2 * (y0 / height - 1.18)))  # hills above it are hidden, but for the last
+    while _ridge(depth) * height < y0 + height + 2 * SWELL:
+        near = min(depth, 1)
+        line = _ridge(depth) * height + SWELL * np.sin(2 * np.pi * (x / PERIOD + hill / 16 + 0.4 * depth)) * (
+            1 + 0.4 * near
         )
         cover = _cover(line - y)
-        picture = picture * (1 - cover) + np.array(colour, np.float32) * np.array(SHADE[time], np.float32) * cover
+        colour = np.array(HILLS[ground][depth % 2], np.float32) * np.array(SHADE[time], np.float32)
+        picture = picture * (1 - cover) + colour * cover
+        depth += 1
     picture.setflags(write=False)
     return picture
+
+
+def _land(scene: Scene) -> np.ndarray:
+    """The scene without its things; over SOFT pixels it comes out of what lies beyond its border, through mist.
+
+    Without the mist, colours between two hours would be those of things: between dusk and night lies purple.
+    """
+
+    def view(time: str, ground: str) -> np.ndarray:
+        hill = int(scene.hill * 16)
+        return _background(scene.width, scene.height, time, ground, hill, scene.x0 % PERIOD, scene.y0)
+
+    own, border = view(scene.time, scene.ground), scene.border
+    if border is None or (border.time, border.ground) == (scene.time, scene.ground):
+        return own
+    along = scene.width if border.side in ("left", "right") else scene.height
+    share = np.clip((np.arange(along, dtype=np.float32) + 0.5) / SOFT, 0, 1)
+    share = share * share * (3 - 2 * share)
+    share = share[::-1] if border.side in ("right", "bottom") else share
+    share = share[None, :, None] if border.side in ("left", "right") else share[:, None, None]
+    beyond = view(border.time, border.ground)
+    mist = 4 * MIST * share * (1 - share)
+    return (beyond + (own - beyond) * share) * (1 - mist) + PALE * mist
 
 
 def _draw(picture: np.ndarray, thing: Thing) -> None:
@@ -130,7 +163,7 @@ def _draw(picture: np.ndarray, thing: Thing) -> None:
 
 def render(scene: Scene) -> np.ndarray:
     """The scene as pixels (height, width, 3), uint8, sRGB."""
-    picture = _background(scene.width, scene.height, scene.time, scene.ground, int(scene.hill * 16)).copy()
+    picture = _land(scene).copy()
     for thing in scene.things:
         _draw(picture, thing)
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)

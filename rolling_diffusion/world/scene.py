@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,8 +51,21 @@ class Thing:
 
 
 @dataclass(frozen=True)
+class Border:
+    """What lies beyond an edge of a picture: side "left", "right", "top" or "bottom", an hour and a ground."""
+
+    side: str
+    time: str
+    ground: str
+
+
+@dataclass(frozen=True)
 class Scene:
-    """A whole picture in numbers. relation: the named relation of the first thing to the second, if any."""
+    """A whole picture in numbers. relation: the named relation of the first thing to the second, if any.
+
+    x0, y0: where in the world the picture's corner lies, in pixels: pictures of one `hill` and size, side by side or
+    one below the other, continue each other. border: what the picture's own hour and ground come softly out of.
+    """
 
     width: int
     height: int
@@ -60,6 +74,9 @@ class Scene:
     things: tuple[Thing, ...]
     relation: str | None = None
     hill: float = 0.0
+    x0: int = 0
+    y0: int = 0
+    border: Border | None = None
 
 
 def place_box(place: str | None, width: int, height: int) -> tuple[float, float, float, float]:
@@ -156,13 +173,22 @@ def random_thing(rng: np.random.Generator, held_out: bool = False) -> tuple[str,
 TRAINED_PAIRS = [(k, c) for k in KINDS for c in COLOURS if (k, c) not in HELD_OUT]
 
 
-def random_scene(rng: np.random.Generator, width: int = 256, height: int = 256, held_out: bool = False) -> Scene:
+SHAPES = {"one": 0.14, "two": 0.36, "count": 0.24, "relation": 0.14, "three": 0.12}  # and how often each comes
+
+
+def random_scene(
+    rng: np.random.Generator,
+    width: int = 256,
+    height: int = 256,
+    held_out: bool = False,
+    shapes: Mapping[str, float] = SHAPES,
+) -> Scene:
     """A scene of one of the shapes that captions can tell: one, two or three things, a count, or a relation."""
     room = (width // 64) * (height // 64)
     if room < 3:
         raise ValueError(f"a canvas of {width} × {height} pixels has no room for a scene: 128 × 128 has")
     while True:
-        shape = rng.choice(["one", "two", "count", "relation", "three"], p=[0.14, 0.36, 0.24, 0.14, 0.12])
+        shape = rng.choice(list(shapes), p=list(shapes.values()))
         if shape == "one":
             n = 1
         elif shape in ("two", "relation"):

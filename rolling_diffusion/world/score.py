@@ -16,6 +16,7 @@ from scipy import stats
 
 from .caption import caption
 from .detect import Found, detect
+from .render import render
 from .scene import (
     GROUNDS,
     HELD_OUT,
@@ -25,6 +26,7 @@ from .scene import (
     TRAINED_PAIRS,
     Scene,
     Thing,
+    arrange,
     is_at,
     is_related,
 )
@@ -77,6 +79,15 @@ def make_prompts(count: int, seed: int, tasks: Sequence[str] = TASKS) -> list[Pr
     """count prompts in all, tasks in turn; the same for the same seed."""
     rng = np.random.default_rng([seed, 7])
     return [make_prompt(tasks[i % len(tasks)], rng) for i in range(count)]
+
+
+def illustrate(prompt: Prompt, rng: np.random.Generator, width: int = 256, height: int = 256) -> np.ndarray:
+    """The renderer's own picture (height, width, 3), uint8, of a prompt, at a random hour, on a random ground."""
+    time, ground = str(rng.choice(TIMES)), str(rng.choice(GROUNDS))
+    scene = arrange(Scene(width, height, time, ground, prompt.wanted, prompt.relation, rng.random()), rng)
+    if scene is None:
+        raise ValueError(f"{width} × {height} pixels have no room for {prompt.text!r}")
+    return render(scene)
 
 
 def judge(prompt: Prompt, picture: np.ndarray) -> Verdict:
