@@ -36,6 +36,8 @@ def add_options(parser: Parser) -> None:
     add("--study", nargs="?", const="all", type=name_in(("all", "memory", "order")), metavar="WHICH", help=what)
     only = "of --study order, this one and what it is compared with; may be given again (default: every row)"
     add("--row", action="append", metavar="NAME", help=only)
+    strip = "instead: strips of so many pictures, stretch by stretch, beside tiles and without memory (default: 16)"
+    add("--strip", nargs="?", const=16, type=whole_number(2), metavar="N", help=strip)
     add("--ceiling", action="store_true", help="instead: the world's own pictures, as they are and through the VAE")
     add("--batch", type=whole_number(1), default=8, metavar="N", help="pictures at a time (default: 8)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
@@ -79,6 +81,14 @@ def run(values: argparse.Namespace) -> int:
         dtype = "bfloat16"
     pipeline = load(folder, device, dtype)
     dtype = str(pipeline.pipe.dtype).removeprefix("torch.")
+    if values.strip:
+        from ..evaluation_strip import evaluate_strips, strip_table
+
+        report = evaluate_strips(pipeline, count, values.seed, stretches=values.strip, common=common)
+        print(strip_table(report))
+        if values.json:
+            print(save_json(values.json, report))
+        return 0
     if values.ceiling:
         print(table(ceiling(pipeline.pipe, count, values.seed, batch=values.batch)))
         return 0

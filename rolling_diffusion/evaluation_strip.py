@@ -1,0 +1,141 @@
+"""Evaluation of strips: pictures that go on from one another, stretch by stretch as if each were a single one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .evaluation import FAR
+from .world.score import TASKS, Prompt, Verdict, difference, more_invented, summary
+from .world.strip import Seams, joined, judge_strip, strip_prompts
+
+Way = Callable[[Any, Sequence[Prompt], int, Mapping[str, Any]], list[np.ndarray]]
+
+
+def pictures(rolling: Any, prompts: Sequence[Prompt], seed: int, common: Mapping[str, Any]) -> list[np.ndarray]:
+    """Each prompt's own picture, at the model's defaults: what strips are measured against."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(seed + i)
+        image = rolling(prompt=prompt.text, generator=generator, output_type="np", **common).images[0]
+        found.append(np.round(image * 255).astype(np.uint8))
+    return found
+
+
+def streamed(context: int | None) -> Way:
+    """`Rolling.stream`, remembering so many pixels of the stretch before; None for the default, 0 for nothing."""
+
+    def draw(rolling: Any, prompts: Sequence[Prompt], seed: int, common: Mapping[str, Any]) -> list[np.ndarray]:
+        texts = [prompt.text for prompt in prompts]
+        strips = rolling.stream(texts, order="left-to-right", context=context, seed=seed, **common)
+        return np.split(np.concatenate([strip.pixels for strip in strips], 1), len(prompts), 1)
+
+    return draw
+
+
+@torch.no_grad()
+def tiled(rolling: Any, prompts: Sequence[Prompt], seed: int, common: Mapping[str, Any]) -> list[np.ndarray]:
+    """MultiDiffusion (Bar-Tal et al. 2023, arXiv 2302.08113): windows of the model's own size that overlap by half,
+    each with the prompt of the stretch that it is in, their velocities averaged in each step. For FLUX.1's pipelines.
+    """
+    pipe, card, family = rolling.pipe, rolling.card, rolling.family
+    model, scheduler = pipe.transformer, pipe.scheduler
+    side, steps = card.size // pipe.vae_scale_factor, common.get("num_inference_steps", card.steps)
+    cfg = common.get("cfg", card.cfg) or 1.0
+    starts = range(0, side * (len(prompts) - 1) + 1, side // 2)
+    texts = [prompts[min(len(prompts) - 1, (start + side // 4) // side)].text for start in starts]
+    length = {"max_sequence_length": card.max_sequence_length}
+    told = [pipe.encode_prompt(prompt=t, prompt_2=None, **length) for t in (texts, [""] * len(texts))]
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+    rows = torch.cartesian_prod(*[torch.arange(side // family.patch)] * 2)
+    ids = torch.cat([torch.zeros(len(rows), 1), rows], 1)
+    generator = torch.Generator().manual_seed(seed)
+    canvas = torch.randn(1, model.config.in_channels // family.patch**2, side, side * len(prompts), generator=generator)
+    for time in scheduler.timesteps:
+        windows = family.latents(torch.cat([canvas[..., s : s + side] for s in starts]))
+        answers: list[Tensor] = []
+        for words, pooled, text_ids in told if cfg != 1 else told[:1]:
+            answers.append(
+                model(
+                    hidden_states=windows,
+                    timestep=(time / 1000).expand(len(windows)),
+                    encoder_hidden_states=words,
+                    pooled_projections=pooled,
+                    img_ids=ids,
+                    txt_ids=text_ids,
+                    return_dict=False,
+                )[0]
+            )
+        velocity = answers[0] if cfg == 1 else answers[1] + cfg * (answers[0] - answers[1])
+        mean, count = torch.zeros_like(canvas), torch.zeros_like(canvas)
+        for s, part in zip(starts, family.cells(velocity, side, side)):
+            mean[..., s : s + side] += part
+            count[..., s : s + side] += 1
+        canvas = scheduler.step(mean / count, time, canvas, return_dict=False)[0]
+    pixels = family.decode(pipe, family.latents(canvas), side, side * len(prompts))[0].permute(1, 2, 0)
+    image = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().numpy()
+    return np.split(image, len(prompts), 1)
+
+
+WAYS: dict[str, Way] = {"pictures": pictures, "stream": streamed(None), "no memory": streamed(0), "tiles": tiled}
+
+
+def evaluate_strips(
+    rolling: Any,
+    count: int,
+    seed: int = 0,
+    *,
+    stretches: int = 16,
+    common: Mapping[str, Any] | None = None,
+    progress: Callable[[str, int, int], object] | None = None,
+    keep: Callable[[str, int, np.ndarray], object] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """For each way of drawing: `summary` of the verdicts on `count` stretches, in strips of so many; how far it lies
+    above single pictures of the same prompts; what is seen at borders. common: of every call. keep: takes each strip.
+    """
+    rng = np.random.default_rng([seed, 9])
+    strips = [strip_prompts(rng, min(stretches, count - i), TASKS) for i in range(0, count, stretches)]
+    report: dict[str, dict[str, Any]] = {}
+    reference: list[Verdict] = []
+    for name, way in WAYS.items():
+        verdicts: list[Verdict] = []
+        seams: list[Seams] = []
+        for i, prompts in enumerate(strips):
+            drawn = way(rolling, prompts, FAR + 1000 * i, common or {})
+            found, borders = judge_strip(prompts, drawn, "left")
+            verdicts += found
+            seams.append(borders)
+            if keep is not None:
+                keep(name, i, joined(drawn, "left"))
+            if progress is not None:
+                progress(name, len(verdicts), count)
+        reference = reference or verdicts
+        report[name] = summary(verdicts) | {
+            "against pictures": difference(verdicts, reference),
+            "invented against pictures": more_invented(verdicts, reference),
+            "borders": sum(len(s.slips) for s in seams),
+            "repeats": sum(s.repeats for s in seams),
+            "slip": float(np.mean([slip for s in seams for slip in s.slips] or [0])),
+            "step": float(np.median([step for s in seams for step in s.steps] or [1])),
+        }
+    return report
+
+
+def strip_table(report: Mapping[str, Mapping[str, Any]]) -> str:
+    """The report as a Markdown table."""
+    lines = [
+        "| drawn as | score | against pictures | invented | repeats at borders | land slips by | step at borders |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in report.items():
+        gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(*row["against pictures"])
+        more = "{:+.3f}".format(row["invented against pictures"][0])
+        lines.append(
+            f"| {name} | {row['score']:.3f} | {gap} | {row['invented']:.3f}, {more} | {row['repeats']} of "
+            f"{row['borders']} | {row['slip']:.1f} pixels | {row['step']:.2f} |"
+        )
+    return "\n".join(lines)
