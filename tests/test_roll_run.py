@@ -239,6 +239,28 @@ def test_difficulty_is_decided_by_what_the_draft_s_guess_still_changes(pipe, rol
         call(rolled, **TILES | {"draft": 1})
 
 
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusion3Pipeline"])
+def test_difficulty_is_told_by_the_gap_between_two_answers_where_there_are_two(name, monkeypatch):
+    """In two calls, or in one of both prompts."""
+    pipe, arguments = make(name)
+    asked, ticks, forward = [], [], type(pipe.transformer).forward
+
+    def watched(self, *args, **options):
+        asked.append(forward(self, *args, **options)[0])
+        return (asked[-1],)
+
+    monkeypatch.setattr(type(pipe.transformer), "forward", watched)
+    negative = {"negative_prompt_embeds": arguments["prompt_embeds"] / 2, "true_cfg_scale": 3.0}
+    negative["negative_pooled_prompt_embeds"] = arguments["pooled_prompt_embeds"] / 2
+    guided = negative if name == "FluxPipeline" else {"guidance_scale": 3.0}
+    draw(roll(pipe), arguments, **TILES | guided, num_inference_steps=4, on_tick=ticks.append)
+    late, decided = ticks[1].plan, ticks[2].plan
+    pair = asked[2:4] if name == "FluxPipeline" else asked[1].chunk(2)
+    gap = ticks[0]._cells(pair[0] - pair[1])
+    apart = [gap[..., b.rows, b.columns].square().mean().item() for b in late.blocks]
+    assert list(decided.blocks) == list(late.decided(apart).blocks) != list(late.blocks)
+
+
 @pytest.mark.parametrize("order", ["raster", "difficulty"])
 def test_extrapolation_stores_waiting_blocks_from_further_on(rolled, order, monkeypatch):
     calls = []

@@ -75,7 +75,7 @@ def run(values: argparse.Namespace) -> int:
 
     from ..evaluation import MEMORY, STUDY, WAYS, OrderStudy, Work, ceiling, evaluate, order_study, order_table, table
 
-    rows = order_study(card, common, values.row or ())
+    rows = order_study(card, common, values.row or ()) if of_orders else []
     dtype = values.dtype
     if dtype == "auto" and of_orders and device == "cpu" and has_bfloat16():
         dtype = "bfloat16"

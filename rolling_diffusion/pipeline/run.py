@@ -141,7 +141,9 @@ class Transformer:
         if args:
             options = dict(self.signature.bind(self.real, *args, **options).arguments)
             del options["self"]
-        return self.run.answer(options)
+        answer = self.run.answer(options)
+        self.run.answers.append(answer[0])
+        return answer
 
 
 class ControlNet:
@@ -256,6 +258,7 @@ class Run:
         self.finished: list[int] = []  # blocks to be committed
         self.starting: tuple[int, Sequence[int]] | None = None  # a block, and those to be stored as it starts
         self.positive: Any = None  # the answer to the first branch
+        self.answers: list[Tensor] = []  # to all branches of this tick
         self.latents: Any = None  # after the newest step
         self.guess: Any = None  # to be shown
         self.estimate: Any = None  # the canvas as guessed in the draft, where something hangs on it
@@ -537,6 +540,12 @@ class Run:
                 joined[:, place] = part.unflatten(1, answer[0, place].shape)
         return joined
 
+    def two_answers(self, pictures: int) -> Sequence[Tensor]:
+        """This tick's answers to the prompt and to its negative, be it in two calls or in one; nothing without both."""
+        if len(self.answers) == 1 and len(self.answers[0]) == 2 * pictures:
+            return self.answers[0].chunk(2)
+        return self.answers if len(self.answers) == 2 else ()
+
     # What the scheduler is asked.
 
     def step(self, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
@@ -572,8 +581,8 @@ class Run:
             self.show(moving, output, sample)
         if ends and plan.late:
             both = (
-                [family.cut(guess, block, self.place(g, guess)) for g, block in enumerate(self.blocks)]
-                for guess in (before, self.estimate)
+                [family.cut(answer, block, self.place(g, sample)) for g, block in enumerate(self.blocks)]
+                for answer in self.two_answers(len(sample)) or (before, self.estimate)
             )
             self.arrange(plan.decided(difficulty(*both)))
         self.latents = new
@@ -603,7 +612,7 @@ class Run:
         """On to the next tick: who is finished, and who starts?"""
         plan = self.plan
         self.tick += 1
-        self.branch, self.starting, self.finished = 0, None, []
+        self.branch, self.starting, self.finished, self.answers = 0, None, [], []
         if plan.alone or self.tick < self.draft:
             return
         done = [g for g in moving if plan.index(self.tick, g) == plan.steps]
