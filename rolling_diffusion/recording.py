@@ -11,16 +11,14 @@ from typing import Any
 
 from PIL import PngImagePlugin
 
-from . import __version__
-
 KEY = "rolling-diffusion"  # of the text chunk
 MACHINE = ("device", "dtype", "cpu_offload")
 
 
-def record(said: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """said: the names of those settings that were said; settings: all that JSON is to hold of them."""
+def record(version: str, said: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """version: of the package. said: names of the settings that were said. settings: all, as JSON is to hold them."""
     return {
-        "version": __version__,
+        "version": version,
         "said": {name: settings[name] for name in said if name in settings and name not in MACHINE},
         "fitted": {name: value for name, value in settings.items() if name not in {*said, *MACHINE}},
         "machine": {name: settings[name] for name in MACHINE if name in settings},

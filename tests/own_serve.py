@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 class Server:
     """Started with `arguments`; its folders for temporary files and for work are empty, so that traces are seen."""
 
-    def __init__(self, folder: Path, *arguments: str, seconds: int = 120):
+    def __init__(self, folder: Path, *arguments: str, seconds: int = 600):
         self.here, self.temporary, self.log = folder / "here", folder / "temporary", folder / "log"
         for made in (self.here, self.temporary):
             made.mkdir(parents=True)

@@ -68,7 +68,8 @@ def test_a_picture_is_the_pipelines_own(client, rolled):
 
 def test_a_picture_records_what_generate_says_again(client, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    said = {"order": "left-to-right", "window": 4, "overlap": 2, "attention_persistence": 0.5, "lookahead": 2, "lag": 2}
+    said = {"order": "left-to-right", "window": 4, "overlap": 2, "attention_persistence": 0.5, "lookahead": 2}
+    said |= {"lag": 2, "draft": 1, "extrapolation": 0.5}
     for body in ({"steps": 3, **said, "cfg": 1.5, "negative_prompt": "a tree"}, {}):
         more = {"size": "64x64", "n": 2} if body else {"size": "64x80", "quality": "low"}
         answer = client.images.generate(prompt=PROMPT, **more, extra_body={"seed": 7, **body})

@@ -41,7 +41,7 @@ def replicas(tmp_path_factory):
         for name, value in {"RAY_TMPDIR": short, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}.items():
             patch.setenv(name, value)
         patch.setenv("ROLLING_DIFFUSION_API_KEY", KEY)
-        started = Server(folder, *words, seconds=400)
+        started = Server(folder, *words)
         try:
             yield started
         finally:
@@ -125,6 +125,14 @@ def test_a_replica_that_dies_is_replaced(replicas, client):
     victim.kill()
     replicas.until(lambda: sum(one.name().startswith("ray::ServeReplica") for one in family(replicas)) == 2, 300)
     assert client.images.generate(prompt=PROMPT, size="32x32", extra_body={"steps": 1}).data
+
+
+def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path, monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/tmp") as short, pytest.raises(RuntimeError) as told:
+        monkeypatch.setenv("RAY_TMPDIR", short)
+        Server(tmp_path, "--replicas", "1", "--device", "cpu", "--lora", "nowhere.safetensors")
+    sentence = "rolling-diffusion: the replicas cannot start: there is no LoRA file nowhere.safetensors"
+    assert str(told.value).splitlines()[-1] == sentence
 
 
 @pytest.mark.parametrize(

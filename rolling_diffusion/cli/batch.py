@@ -19,7 +19,7 @@ from ..recording import MACHINE
 from .arguments import Parser, decimal, fail, name_in, whole_number
 from .files import check_target, is_whole_png, make_folder, put, read_record, save_json_lines, sweep
 from .generate import DEFAULTS, SETTINGS, add_drawing_options, prepare
-from .model import EMBEDDED, EMBEDDED_FOLDER, found, read_index
+from .model import EMBEDDED, EMBEDDED_FOLDER, found, full, read_index
 from .prompts import PICTURES, read_lines
 from .workers import Cluster, Stopped, Task, namespace
 
@@ -88,11 +88,6 @@ def said_for_all(values: argparse.Namespace) -> dict[str, Any]:
     if "lora" in said:
         said["lora"] = [(full(name), strength) for name, strength in said["lora"]]
     return said
-
-
-def full(name: str) -> str:
-    path = found(name)
-    return name if path is None else str(path.resolve())
 
 
 def read(values: argparse.Namespace, common: dict[str, Any], here: bool) -> tuple[list[Task], dict[int, str]]:

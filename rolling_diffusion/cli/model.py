@@ -59,6 +59,12 @@ def found(name: str, *folders: Path) -> Path | None:
     return None
 
 
+def full(name: str) -> str:
+    """A file's or folder's whole name, for processes that may work elsewhere; a hub id as it is."""
+    path = found(name)
+    return name if path is None else str(path.resolve())
+
+
 def base_name(name: str) -> str:
     """A name without the folders around it: where a file lies on one machine tells another one nothing, and tells of
     its user. A hub id stays whole."""

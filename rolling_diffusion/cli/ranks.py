@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 if TYPE_CHECKING:
     from ..pipeline import Rolling
@@ -49,7 +48,10 @@ def together(device: str) -> Iterator[None]:
 
     if device != "cpu":
         torch.cuda.set_device(device)
-    distributed.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+        backend = "cpu:gloo,cuda:nccl"  # diffusers exchanges numbers of tokens on the CPU, where that is named
+    else:
+        backend = "cpu:gloo" if torch.cuda.is_available() else "gloo"  # torch warns of the longer name
+    distributed.init_process_group(backend)
     try:
         yield
     finally:
@@ -60,10 +62,13 @@ def share(pipeline: Rolling, device: str) -> None:
     """Has the processes draw each picture of the pipeline together, by Ulysses. ValueError where the model cannot."""
     if count() == 1:
         return
+    import torch
     from diffusers import ContextParallelConfig
 
     from ..models.shares import refusal
 
+    if not hasattr(torch, "accelerator"):
+        raise ValueError(f"several processes that draw together need torch 2.6 or newer, not {torch.__version__}")
     model: Any = pipeline.pipe.transformer
     if getattr(model, "_cp_plan", None) is None:
         raise ValueError(f"diffusers has no plan of how {type(model).__name__} is shared out: leave torchrun out")
@@ -74,19 +79,19 @@ def share(pipeline: Rolling, device: str) -> None:
         raise ValueError(refused)
 
 
-@contextmanager
-def _cpu_counts() -> Iterator[None]:
+def _cpu_counts() -> AbstractContextManager[None]:
     """diffusers asks torch what accelerator there is, and divides by how many. CPUs that talk over gloo do as well, but
     torch counts none of them; so for this one question, of torchrun on CPUs alone, it is told of one."""
     import torch
 
-    names: list[tuple[Any, str, Any]] = [(torch._C, "_get_accelerator", torch.device("cpu"))]
-    if hasattr(torch, "accelerator"):
-        names.append((torch.accelerator, "device_count", 1))
-    with ExitStack() as stack:
-        for where, name, answer in names:
-            stack.enter_context(patch.object(where, name, lambda answer=answer: answer))
-        yield
+    from ..models.call import swapped
+
+    cpu = torch.device("cpu")
+    answers: Any = (
+        (vars(torch._C), "_get_accelerator", lambda: cpu),
+        (vars(torch.accelerator), "device_count", lambda: 1),
+    )
+    return swapped(answers)
 
 
 def most(number: int) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..recording import MACHINE
 from ..recording import record as recorded
 from .arguments import Parser
@@ -38,7 +39,7 @@ OLD = {
 def record(said: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept in a picture. said: names of what the user said, now or for the picture before;
     settings: everything, resolved."""
-    return recorded(said, {name: shown(name, value) for name, value in settings.items()})
+    return recorded(__version__, said, {name: shown(name, value) for name, value in settings.items()})
 
 
 def shown(name: str, value: Any) -> Any:

@@ -32,7 +32,7 @@ def served(make: Callable[[], FastAPI], replicas: int, device: str, host: str, p
     except ImportError:
         raise ValueError(needs("--replicas", "serve,replicas")) from None
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)  # its log of requests would hold their paths
+    quiet = LoggingConfig(log_level="CRITICAL", enable_access_log=False)  # its log of requests would hold their paths
     with Cluster(None, replicas, None, None, device, echo=True) as cluster:
 
         def start() -> FastAPI:
@@ -53,9 +53,11 @@ def served(make: Callable[[], FastAPI], replicas: int, device: str, host: str, p
         )
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
         try:
-            serve.run(kind.bind(), logging_config=quiet)
-        except RuntimeError as error:
-            raise ValueError(f"the replicas cannot start: {str(error).strip().splitlines()[-1]}") from None
+            serve.run(kind.bind(), name="rolling", logging_config=quiet)
+        except RuntimeError:
+            told = serve.status().applications["rolling"].deployments["model"].message
+            why = told.strip().splitlines()[-1].partition(": ")[2]  # of a traceback
+            raise ValueError(f"the replicas cannot start: {why}") from None
         yield
 
 

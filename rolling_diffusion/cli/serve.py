@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .arguments import Parser, needs, whole_number
 from .generate import add_model_options
-from .model import EMBEDDED, base_name, card_of, load_said, locate, quiet
+from .model import EMBEDDED, base_name, card_of, full, load_said, locate, quiet
 from .replay import shown
 
 if TYPE_CHECKING:
@@ -96,11 +96,11 @@ def serve_replicas(values: argparse.Namespace, key: str | None, folder: str, hos
     names = ("model", "queue", "max_n", "max_steps", "max_pixels", "max_calls", *OF_MODEL)  # not how to run it
     said = argparse.Namespace(**{name: getattr(values, name) for name in names})
     said.output = None if values.output is None else values.output.resolve()
-    where = str(Path(folder).resolve()) if Path(folder).exists() else folder
+    said.lora, folder = [(full(name), strength) for name, strength in values.lora or ()], full(folder)
 
     def make() -> FastAPI:
         logging.config.dictConfig(LOGS)
-        return application(said, key, where)
+        return application(said, key, folder)
 
     with served(make, values.replicas, values.device or "auto", host, port, values.queue):
         print(f"listening on {url}", flush=True)

@@ -251,7 +251,7 @@ class Rolling:
             if not hooked:  # the pipeline leaves one, empty, for step caches
                 vars(model).pop("_diffusers_hook", None)
         del run, stand_in  # no frame of the run is alive and holds what it held
-        raise OutOfMemory(NONE_LEFT) if plan is None else out_of_memory(plan, kept[0])
+        raise OutOfMemory(NONE_LEFT) if plan is None else out_of_memory(plan, kept[0] or model.device)
 
     @property
     def tokenizer(self) -> Any:

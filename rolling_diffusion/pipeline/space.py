@@ -55,11 +55,11 @@ def place_memory(
     return None if 1.2 * need + SPARE < free else torch.device("cpu")
 
 
-def out_of_memory(plan: Plan, kept_at: torch.device | str | None) -> Exception:
+def out_of_memory(plan: Plan, kept_at: torch.device | str) -> Exception:
     """What was tried, and what needs less. The allocator's cache is handed back."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    where = "the GPU" if kept_at is None else f"{kept_at}"
+    where = "the CPU" if torch.device(kept_at).type == "cpu" else "the GPU"
     return OutOfMemory(
         f"Out of memory on a canvas of {plan.height} × {plan.width} cells with a window of {plan.window} and memory on "
         f'{where}: a smaller window, draft=0, memory_device="cpu", a lower memory_tokens or attention_persistence, '

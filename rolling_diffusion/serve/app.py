@@ -144,10 +144,7 @@ def make_app(
 
     @app.get("/pictures/{name}")
     async def picture(name: str) -> Response:
-        # No path is made of what a request says: it is one of those in the folder, or none. Of all processes' pictures.
-        path = None
-        if folder is not None and NAME.fullmatch(name):
-            path = await asyncio.to_thread(lambda kept=folder: next(kept.glob(f"*-{name}"), None))
+        path = await asyncio.to_thread(written, folder, name) if folder is not None else None
         if path is None:
             raise Refusal("There is no such picture.", 404)
         return FileResponse(path)
@@ -189,6 +186,12 @@ def make_app(
         return broken().response
 
     return app
+
+
+def written(folder: Path, name: str) -> Path | None:
+    """The picture of that name in its URL, whichever process wrote it. No path is made of what a request says: it is
+    one of those in the folder, or none."""
+    return next(folder.glob(f"*-{name}"), None) if NAME.fullmatch(name) else None
 
 
 def page(name: str, kind: str) -> Callable[[], Awaitable[Response]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..core.plan import Plan
 from ..defaults import CELL, LAST_SEED, SIDE, TOKEN, Card, nearest_side, plan_for
 from ..recording import record
@@ -16,9 +17,11 @@ from .fields import QUALITY, Edit, Generation
 if TYPE_CHECKING:
     from PIL import Image
 
-
 # Fields that `generate` has under the same names.
-AS_GENERATE = ("prompt", "negative_prompt", "order", "window", "overlap", "draft", "lookahead", "lag", "cfg", "steps")
+AS_GENERATE = (
+    *("prompt", "negative_prompt", "order", "window", "overlap", "draft", "lookahead", "extrapolation", "lag"),
+    *("cfg", "steps"),
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def recorded(job: Job, number: int, model: Mapping[str, Any]) -> dict[str, Any]:
     if job.strength is not None:
         said["strength"] = job.strength
     followed = {"width": job.width, "height": job.height, "steps": job.steps, "window": plan.window}
-    return record(said, followed | {"overlap": plan.overlap} | said)
+    return record(__version__, said, followed | {"overlap": plan.overlap} | said)
 
 
 def make_job(
