@@ -97,19 +97,19 @@ class Windows:
 
         done = {}
         if results.is_file():
-            done = {json.dumps(key): row for key, row in map(json.loads, results.read_text().splitlines())}
+            done = {tuple(key): row for key, row in map(json.loads, results.read_text().splitlines())}
         prompts = make_prompts(count, 0)
         for canvas in CANVASES:
             rows: dict[str, list[dict]] = {"KSampler": [], "windows": []}
             for index, prompt in enumerate(prompts):
                 for way in rows:
-                    key = [self.dtype, *canvas, index, way]
-                    if json.dumps(key) not in done:
+                    key = (self.dtype, *canvas, index, way)
+                    if key not in done:
                         with torch.inference_mode():
-                            done[json.dumps(key)] = self.one(canvas, index, prompt, way)
+                            done[key] = self.one(canvas, index, prompt, way)
                         with results.open("a") as file:
-                            file.write(json.dumps([key, done[json.dumps(key)]]) + "\n")
-                    rows[way].append(done[json.dumps(key)])
+                            file.write(json.dumps([key, done[key]]) + "\n")
+                    rows[way].append(done[key])
             stock, ours = ([Verdict(r["task"], r["right"], r["found"], r["invented"]) for r in rows[w]] for w in rows)
             scores = [
                 "{:.3f} ({:.3f} to {:.3f})".format(s["score"], *s["interval"]) for s in map(summary, (stock, ours))

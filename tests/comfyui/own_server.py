@@ -39,13 +39,14 @@ class Server:
                    "--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb"]  # fmt: skip
         env = {**os.environ, "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(command, cwd=comfyui, env=env, stdout=self.log, stderr=subprocess.STDOUT)
-        for _ in range(300):
+        for _ in range(1800):  # a quarter of an hour: the machine may have much else to do
             try:
                 self.get("/system_stats")
                 return
             except (urllib.error.URLError, ConnectionError):
                 assert self.process.poll() is None, self.text()[-3000:]
                 time.sleep(0.5)
+        self.process.kill()
         raise TimeoutError(self.text()[-3000:])
 
     def stop(self):
