@@ -158,7 +158,7 @@ def main() -> int:
         prompt = nodes["CLIPTextEncode"]().encode(clip, "a red house left of a green tree")[0]
 
         def pair(height: int, *last: Any) -> tuple[Any, Any]:
-            """The node and KSampler on a canvas 256 pixels wide, each to be run; last: order, window, overlap, persistence."""
+            """The node and KSampler on a canvas 256 pixels wide, each to be run; last: order to persistence."""
             latent = {"samples": torch.zeros(1, 16, height // 8, SIDE // 8)}
             common = 1, STEPS, 1.0, "euler", "simple"
             ours = nodes["AutoregressiveRollingDiffusionSampler"]().sample
