@@ -19,9 +19,10 @@ NODE_CLASS_MAPPINGS = {
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
-    # The page's search ranks by these names: whoever looks for a KSampler is to see ours.
+    # The page's search ranks by these names, in older pages by their first 30 letters: whoever looks for a KSampler is
+    # to see ours.
     "AutoregressiveRollingDiffusionSampler": "Autoregressive Rolling Diffusion Sampler",
-    "AutoregressiveRollingDiffusionSamplerAdvanced": "Autoregressive Rolling Diffusion Sampler (KSampler Advanced)",
+    "AutoregressiveRollingDiffusionSamplerAdvanced": "Autoregressive Rolling KSampler (Advanced)",
     "FluxDevAutoRegressiveRollingDiffusionSampler": "Flux-Dev Autoregressive Rolling Diffusion Sampler",
     "RollingSampler": "Rolling Sampler",
     "LoadEmbeddedRollingModel": "Load Embedded Rolling Model",

@@ -41,7 +41,8 @@ def unveiled(image: Image.Image, plan: Plan, levels: Mapping[Block, float]) -> I
     Blocks without a level are left as bare paper.
 
     The model's guess shows detail that noise still hides and later steps may change. A picture's spectrum falls as 1/f²
-    and that of noise is flat: they meet at a wavelength in proportion to σ / (1 - σ), and what is finer is blurred.
+    and that of noise is flat: they meet at a wavelength in proportion to sigma / (1 - sigma), and what is finer is
+    blurred.
     """
     from PIL import Image, ImageDraw, ImageFilter
 

@@ -12,12 +12,12 @@ from tiny_families import draw, make
 from tiny_pipeline import call, pipeline
 
 from rolling_diffusion.appearing import Veil
+from rolling_diffusion.core.guidance import BOUND, project
 from rolling_diffusion.core.memory import Memory
 from rolling_diffusion.core.order import Block, make_order
 from rolling_diffusion.defaults import Card
 from rolling_diffusion.models.flux import unpack
 from rolling_diffusion.pipeline import SAMPLERS, SPACINGS, roll, run
-from rolling_diffusion.pipeline.guidance import BOUND, project
 from rolling_diffusion.pipeline.space import OutOfMemory
 
 ROLL = {"window": 8, "overlap": 4, "draft": 0}  # on 16 × 12 cells: 4 strips of 4, lag 2 of 4 steps
@@ -403,23 +403,22 @@ def test_cfg_on_a_distilled_model_with_a_negative_prompt_is_projected(pipe, roll
     joined = run.project
     answers = []
 
-    def watched(x, sigma, p, n):
-        answers.append((x, sigma, p, n))
-        return joined(x, sigma, p, n)
+    def watched(x0, difference, sigma):
+        answers.append((x0, difference, sigma))
+        return joined(x0, difference, sigma)
 
     class Watching(type(pipe.scheduler)):
-        def step(self, model_output, *args, **kwargs):
-            made.append(model_output)
-            return super().step(model_output, *args, **kwargs)
+        def step(self, model_output, timestep, sample, *args, **kwargs):
+            made.append((model_output.flatten(1), sample.flatten(1)))
+            return super().step(model_output, timestep, sample, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "project", watched)
         other = pipeline(True)
         other.scheduler = Watching.from_config(other.scheduler.config)
         call(roll(other), cfg=7.0, negative_prompt="ugly", **LAG_0)
-    for (x, sigma, p, n), velocity in zip(answers, made, strict=True):
-        expected = p + 6 * joined(x, sigma, p, n)
-        assert torch.allclose(velocity.flatten(1), expected, atol=1e-5)
+    for (x0, difference, sigma), (velocity, x) in zip(answers, made, strict=True):
+        assert torch.allclose(velocity, (x - x0) / sigma + 6 * joined(x0, difference, sigma), atol=1e-4)
 
 
 def test_cfg_on_an_undistilled_model_takes_the_empty_prompt_if_there_is_no_other():
@@ -449,8 +448,8 @@ def test_projected_difference_is_orthogonal_to_x0_and_bounded():
     g = torch.Generator().manual_seed(0)
     x, positive, negative = (torch.randn(3, 500, generator=g) for _ in range(3))
     for sigma in (1.0, 0.3):
-        step = project(x, sigma, positive, negative)
         x0 = x - sigma * positive
+        step = project(x0, positive - negative, sigma)
         cosine = (step * x0).sum(1) / step.norm(dim=1) / x0.norm(dim=1)
         assert cosine.abs().max() < 1e-5
         assert (sigma * step.square().mean(1).sqrt() <= BOUND * (1 + 1e-5)).all()
@@ -460,7 +459,7 @@ def test_projected_difference_is_orthogonal_to_x0_and_bounded():
     tiny = positive + 1e-4 * negative
     along = x - 0.5 * positive
     expected = (positive - tiny) - ((positive - tiny) * along).sum(1, True) / along.square().sum(1, True) * along
-    torch.testing.assert_close(project(x, 0.5, positive, tiny), expected, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(project(along, positive - tiny, 0.5), expected, rtol=1e-3, atol=1e-7)
 
 
 def test_numpy_numbers_pass_as_in_diffusers(rolled):

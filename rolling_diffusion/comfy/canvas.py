@@ -43,11 +43,34 @@ def is_compiled(options: dict) -> bool:
     return COMPILE in options.get("transformer_options", {}).get("wrappers", {}).get(kind, {})
 
 
+class BlockModel:
+    """What a sampler takes for the guider: every attribute is the guider's, a call goes where `call` says."""
+
+    def __init__(self, guider: Any, call: Callable[[Tensor, Tensor, dict | None], Tensor]):
+        self._guider, self._call = guider, call
+
+    def __call__(self, x: Tensor, sigma: Tensor, model_options: dict | None = None, seed: int | None = None) -> Tensor:
+        return self._call(x, sigma, model_options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._guider, name)
+
+
 class Canvas:
     """State and guider call that both denoisers share. Tensors are (B, C, H, W), or (B, C, T, H, W) for video."""
 
-    def __init__(self, guider: Any, options: dict, seed: int | None, noise: Tensor, latent: Tensor):
+    def __init__(
+        self,
+        guider: Any,
+        options: dict,
+        seed: int | None,
+        noise: Tensor,
+        latent: Tensor,
+        sigmas: Tensor,
+        mask: Tensor | None = None,
+    ):
         self.guider, self.options, self.seed = guider, options, seed
+        self.sigmas, self.mask = sigmas, mask  # noise levels; what is to be denoised, 1, and what is kept, 0
         self.noise, self.latent = noise, latent  # unit noise, and what is sampled from (zeros for an empty latent)
         self.x = noise  # what the guider is given; `begin` sets it
         self.x0 = latent.clone()  # the best estimate so far
@@ -96,6 +119,9 @@ class Canvas:
     def show(self, moving: Sequence[Moving] = (), out: Sequence[Tensor] = ()) -> None:
         """Report a model call, after noting what it says about the canvas."""
         for m, o in zip(moving, out):
+            if self.mask is not None:
+                kept = 1 - self.cut(self.mask, m.block)
+                o = o + (self.cut(self.latent, m.block) - o) * kept
             self.paste(self.x0, m.block, o)
         self.shown()
 

@@ -16,10 +16,10 @@ import torch
 from node_helpers import conditioning_set_values
 from torch import Tensor
 
+from ..core.guidance import project
 from .canvas import MOVING
 
 OWN = 3.5  # FLUX.1-dev's own embedded guidance
-BOUND = 15 / 256  # of the difference's root mean square: the paper's r = 15 for SDXL's 256² latent numbers
 
 
 def is_distilled(model: Any) -> bool:
@@ -51,19 +51,7 @@ def projected(args: dict) -> Tensor:
     for _, blocks in places:
         parts = [(positive[..., rows, columns], negative[..., rows, columns]) for rows, columns in blocks]
         p, n = (torch.cat([part.flatten(1) for part in side], 1) for side in zip(*parts))
-        guided = (p + (args["cond_scale"] - 1) * project(p, n)).split([p[0].numel() for p, _ in parts], 1)
+        guided = (p + (args["cond_scale"] - 1) * project(p, p - n)).split([p[0].numel() for p, _ in parts], 1)
         for (rows, columns), part, (like, _) in zip(blocks, guided, parts):
             out[..., rows, columns] = part.reshape(like.shape)
     return x - out
-
-
-def project(positive: Tensor, negative: Tensor) -> Tensor:
-    """The difference of two x0, less what lies along the first, its root mean square bounded. All (B, numbers).
-
-    Sadat et al. 2024, section 5, with eta 0 and no momentum.
-    """
-    along, difference = positive.float(), (positive - negative).float()
-    size = difference.square().mean(1, keepdim=True).sqrt()
-    difference = difference * (BOUND / size.clamp(min=1e-12)).clamp(max=1)
-    power = along.square().sum(1, keepdim=True).clamp(min=1e-12)
-    return (difference - (difference * along).sum(1, keepdim=True) / power * along).to(positive.dtype)

@@ -56,30 +56,27 @@ NEWER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def sampler_problem(name: str) -> str | None:
-    """One short sentence about a sampler that cannot be taken, or None.
-
-    The only check that is ComfyUI's VALIDATE_INPUTS: it blames every input that it names, whichever is at fault.
-    """
-    import comfy.samplers
-
-    from .sampler import check_suspendable
-
-    if name not in comfy.samplers.KSampler.SAMPLERS:
-        return f"{name} is not a sampler of this ComfyUI: take one of the list, such as euler."
-    try:
-        check_suspendable(name)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 class Early:
     """Refuses values that don't fit together before anything runs that the node is linked to.
 
     ComfyUI asks a node with lazy inputs first which of them it needs, and shows an error of that as the node's. The
     page hides its sentence behind a button; so the node says it too.
     """
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, sampler_name: str = "euler") -> bool | str:
+        """Names one input: ComfyUI blames every one that is named here, and skips its own checks of them."""
+        import comfy.samplers
+
+        from .sampler import check_suspendable
+
+        if sampler_name not in comfy.samplers.KSampler.SAMPLERS:
+            return f"{sampler_name} is not a sampler of this ComfyUI: take one of the list, such as euler."
+        try:
+            check_suspendable(sampler_name)
+        except ValueError as error:
+            return str(error)
+        return True
 
     def check_lazy_status(self, **values: Any) -> list[str]:
         try:

@@ -73,10 +73,6 @@ class AutoregressiveRollingDiffusionSampler(inputs.Early):
             "optional": {**inputs.EXTRAS, **inputs.NEWER},
         }  # fmt: skip
 
-    @classmethod
-    def VALIDATE_INPUTS(cls, sampler_name="euler"):
-        return inputs.sampler_problem(sampler_name) or True
-
     def sample(self, model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, denoise,
                autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence,
                draft=-1, lookahead=-1, context_noise=0.0, memory_cap=0, extrapolation=0.0):  # fmt: skip
@@ -122,10 +118,6 @@ class AutoregressiveRollingDiffusionSamplerAdvanced(inputs.Early):
             },
             "optional": {**inputs.EXTRAS, **inputs.NEWER},
         }  # fmt: skip
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, sampler_name="euler"):
-        return inputs.sampler_problem(sampler_name) or True
 
     def sample(self, model, positive, negative, latent_image, add_noise, noise_seed, steps, cfg, sampler_name,
                scheduler, start_at_step, end_at_step, return_with_leftover_noise, autoregressive_order,
@@ -278,8 +270,10 @@ class RollingPlanPreview(inputs.Early):
             autoregressive_order, rolling_window_size, rolling_overlap, attention_persistence, draft, lookahead
         )
         plan = settings.plan(rows, columns, steps, multiple, pixels)
-        text = str(plan) if flux or plan.alone else f"{plan_of_windows(plan)}\n{why_not}, so it runs in windows."
+        text = str(plan)
         if plan.alone:
             text = f"One block: the window covers the canvas, so this is ordinary sampling.\n{text}"
+        elif model is not None and not flux:
+            text = f"{plan_of_windows(plan, model.model.diffusion_model)}\n{why_not}, so it runs in windows."
         picture = numpy.asarray(plan_picture(plan), dtype=numpy.float32) / 255
         return torch.from_numpy(picture)[None], text

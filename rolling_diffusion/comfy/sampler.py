@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import comfy.samplers
@@ -13,7 +12,7 @@ from tqdm.auto import tqdm
 from ..core.cohort import ADAPTIVE
 from ..core.order import span
 from ..core.rollout import rollout
-from .canvas import is_compiled, log, uncompiled
+from .canvas import BlockModel, is_compiled, log, uncompiled
 from .flux import FluxDenoiser, per_block_noise
 from .notes import Notes, doubts
 from .settings import Settings, cell_pixels
@@ -29,19 +28,6 @@ def check_suspendable(name: str) -> None:
         raise ValueError(
             f"{name} chooses its own noise levels, so blocks cannot move together: take another sampler, such as euler."
         )
-
-
-class BlockModel:
-    """What a sampler takes for the guider: every attribute is the guider's, a call goes where `call` says."""
-
-    def __init__(self, guider: Any, call: Callable[[Tensor, Tensor, dict | None], Tensor]):
-        self._guider, self._call = guider, call
-
-    def __call__(self, x: Tensor, sigma: Tensor, model_options: dict | None = None, seed: int | None = None) -> Tensor:
-        return self._call(x, sigma, model_options)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._guider, name)
 
 
 class Rolling(comfy.samplers.Sampler):
@@ -87,7 +73,7 @@ class _Run:
         self._tell(notes, why_not, pixels)
         if not self.plan.alone:
             options = uncompiled(options)
-        arguments = guider, options, self.seed, noise, self.latent
+        arguments = guider, options, self.seed, noise, self.latent, sigmas, mask
         if flux:
             self.canvas: FluxDenoiser | WindowDenoiser = FluxDenoiser(
                 *arguments,

@@ -16,13 +16,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import comfy.conds
+import comfy.model_base
 import comfy.model_patcher
+import comfy.samplers
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
 from torch import Tensor
 
-from .canvas import KEY, Canvas, log
+from .canvas import KEY, BlockModel, Canvas, log
 
 if TYPE_CHECKING:
     from ..core.order import Block
@@ -35,6 +38,7 @@ Box = tuple[int, int, int, int]  # height, width, top, left in cells, as ComfyUI
 # where its window lies draws sky and ground anew in a part of the canvas: it sees the whole, where this allows it.
 BUDGET, UNPLACED = 1.5, 2.5
 LEAST = {"PixArtMS": 66}  # cells of height and width together, below which a model's positions are not defined
+CROP = 1280 + 2 * 256  # where the crop stands in what SDXL is told: after its text, and the picture's height and width
 PLACED = ("Flux", "NextDiT", "WanModel", "ErnieImageModel")  # transformers whose positions ComfyUI can shift
 
 
@@ -104,6 +108,8 @@ class WindowDenoiser(Canvas):
         x0 = torch.where(begun, self.x0, x0)
         eps = torch.where(begun, self.eps, eps)
         x = self.sampling.noise_scaling(self._level(sigma), eps.clone(), x0)
+        if self.mask is not None:
+            x = self._kept(x, sigma)
         self.paste(x, m.block, m.x)
         self.window, self.weights = self._window(m.block)
         height, width, top, left = self.window
@@ -118,6 +124,15 @@ class WindowDenoiser(Canvas):
             return self.cut(out, m.block).clone()
         finally:
             self.window = self.weights = None
+
+    def _kept(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """x with what an inpainting mask keeps as it truly is at this level, by ComfyUI's own code for it."""
+        seen = [x]
+        model = BlockModel(self.guider, lambda x, *_: seen.append(x) or x)
+        inpaint = comfy.samplers.KSamplerX0Inpaint(model, self.sigmas)
+        inpaint.noise, inpaint.latent_image = self.noise, self.latent
+        inpaint(x, sigma, self.mask, self.options)
+        return seen[-1]
 
     def _level(self, sigma: Tensor) -> Tensor:
         return sigma.reshape(-1, *[1] * (self.x.ndim - 1))
@@ -175,16 +190,16 @@ class WindowDenoiser(Canvas):
         return executor(model, cropped, x, timestep, options, *a, **kw)
 
     def _within(self, cond: dict, window: Box, x: Tensor) -> dict | None:
-        box = window
+        box, area = window, (*x.shape[-2:], 0, 0)
         if "area" in cond:
-            height, width, top, left = _plane(cond["area"])
+            area = height, width, top, left = _plane(cond["area"])
             y, z = max(top, window[2]), max(left, window[3])
             bottom = min(top + height, window[2] + window[0])
             right = min(left + width, window[3] + window[1])
             if bottom <= y or right <= z:
                 return None
             box = (bottom - y, right - z, y, z)
-        out = {**cond, "area": box}
+        out = {**cond, "area": box, "model_conds": self._told(cond, box, area, x.shape[-2:])}
         if "gligen" in cond:
             raise ValueError(
                 "GLIGEN boxes are placed on the whole canvas and cannot be cropped to a window: remove the node, "
@@ -193,6 +208,18 @@ class WindowDenoiser(Canvas):
         if cond.get("control") is not None:
             out["control"] = self._control(cond["control"], box, x)
         return out
+
+    def _told(self, cond: dict, box: Box, area: Box, canvas: Sequence[int]) -> dict:
+        """What the model is told of its picture: SDXL learnt where in it a crop begins, and is told where this does."""
+        model, told = self.guider.inner_model, cond["model_conds"]
+        if not isinstance(model, (comfy.model_base.SDXL, comfy.model_base.SDXLRefiner)) or "y" not in told:
+            return told
+        y = told["y"].cond.clone()
+        for i, (axis, side) in enumerate((("h", "height"), ("w", "width"))):
+            pixels = cond.get(f"target_{side}", cond.get(side, 8 * canvas[i]))
+            crop = cond.get(f"crop_{axis}", 0) + (box[2 + i] - area[2 + i]) * pixels / canvas[i]
+            y[:, CROP + 256 * i : CROP + 256 * (i + 1)] = model.embedder(torch.tensor([float(crop)])).to(y)
+        return {**told, "y": comfy.conds.CONDRegular(y)}
 
     def _control(self, control: Any, box: Box, x: Tensor) -> Any:
         """A ControlNet with the hint of this window alone. The network is shared; hint and caches are not."""

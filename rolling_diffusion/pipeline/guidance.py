@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers.utils import logging
-from torch import Tensor
 
 from ..defaults import Card
 
-BOUND = 15 / 256  # of the difference's root mean square: the paper's r = 15 for SDXL's 256² latent numbers
 logger = logging.get_logger(__name__)
 
 
@@ -27,19 +25,6 @@ class Guidance:
     """How the answers to a prompt and to its negative are joined: as the pipeline does it, or projected."""
 
     projected: bool = False
-
-
-def project(x: Tensor, sigma: float, positive: Tensor, negative: Tensor) -> Tensor:
-    """The difference of two velocities, less what lies along the positive x0, its root mean square bounded in x0.
-
-    All (B, numbers); Sadat et al. 2024, section 5, with eta 0 and no momentum.
-    """
-    along = (x - sigma * positive).float()  # x0
-    difference = (positive - negative).float()
-    size = sigma * difference.square().mean(1, keepdim=True).sqrt()
-    difference = difference * (BOUND / size.clamp(min=1e-12)).clamp(max=1)
-    power = along.square().sum(1, keepdim=True).clamp(min=1e-12)
-    return (difference - (difference * along).sum(1, keepdim=True) / power * along).to(positive.dtype)
 
 
 def decide(

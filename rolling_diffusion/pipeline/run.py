@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..core.cohort import block_seed
 from ..core.difficulty import difficulty
+from ..core.guidance import project
 from ..core.memory import Memory, View
 from ..core.order import Block
 from ..core.plan import Plan
@@ -32,7 +33,7 @@ from ..models.family import Family, Place
 from ..models.prompts import Prompts
 from ..models.registry import control_of
 from .given import Source
-from .guidance import Guidance, project
+from .guidance import Guidance
 from .places import Places
 
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it lie evenly on a circle, however many
@@ -535,7 +536,8 @@ class Run:
         for time, places in groups.items():
             three = x, self.positive, answer
             px, pp, pn = (torch.cat([v[:, place].flatten(1) for place in places], 1) for v in three)
-            turned = pp - project(px, time / 1000, pp, pn)
+            sigma = time / 1000
+            turned = pp - project(px - sigma * pp, pp - pn, sigma)
             for place, part in zip(places, turned.split([answer[0, place].numel() for place in places], 1)):
                 joined[:, place] = part.unflatten(1, answer[0, place].shape)
         return joined

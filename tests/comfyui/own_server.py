@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 PACK = Path(__file__).resolve().parents[2]
-SHIPPED = ("__init__.py", "pyproject.toml", "rolling_diffusion", "web", "locales", "example_workflows")
+SHIPPED = ("__init__.py", "pyproject.toml", "rolling_diffusion", "web", "locales", "example_workflows", "subgraphs")
 
 
 class Server:
@@ -21,7 +21,8 @@ class Server:
     def __init__(self, base, comfyui):
         self.base, self.port = Path(base), _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        pack = self.base / "custom_nodes" / "autoregressive-rolling-diffusion"
+        self.pack = "autoregressive-rolling-diffusion"
+        pack = self.base / "custom_nodes" / self.pack
         pack.mkdir(parents=True)
         for name in SHIPPED:
             source = PACK / name
@@ -38,13 +39,14 @@ class Server:
                    "--database-url", "sqlite:///:memory:", "--preview-method", "latent2rgb"]  # fmt: skip
         env = {**os.environ, "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(command, cwd=comfyui, env=env, stdout=self.log, stderr=subprocess.STDOUT)
-        for _ in range(300):
+        for _ in range(1800):  # a quarter of an hour: the machine may have much else to do
             try:
                 self.get("/system_stats")
                 return
             except (urllib.error.URLError, ConnectionError):
                 assert self.process.poll() is None, self.text()[-3000:]
                 time.sleep(0.5)
+        self.process.kill()
         raise TimeoutError(self.text()[-3000:])
 
     def stop(self):
@@ -82,6 +84,14 @@ class Server:
                 return history[answer["prompt_id"]]
             time.sleep(0.25)
         raise TimeoutError(self.text()[-3000:])
+
+    def blueprints(self):
+        """The pack's blueprints, number by name; None where this ComfyUI has none."""
+        try:
+            listed = self.get("/global_subgraphs")
+        except urllib.error.HTTPError:
+            return None
+        return {e["name"]: n for n, e in listed.items() if e["info"]["node_pack"].endswith(f".{self.pack}")}
 
     def api(self, workflow):
         """The API prompt of a workflow in the page's format, as the page would make it."""

@@ -74,6 +74,16 @@ def test_help_pages_locales_and_workflows_are_served(server):
     assert sorted(templates) == WORKFLOWS
 
 
+def test_blueprints_are_listed_and_served(server):
+    blueprints = server.blueprints()
+    if blueprints is None:
+        pytest.skip("this ComfyUI has no blueprints")
+    files = {path.stem: path.read_text(encoding="utf-8") for path in (PACK / "subgraphs").glob("*.json")}
+    assert len(files) == 3 and blueprints.keys() == files.keys()
+    for name, number in blueprints.items():
+        assert server.get(f"/global_subgraphs/{number}")["data"] == files[name]
+
+
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_example_workflows_end_with_a_picture(server, name):
     prompt = workflow(server, name)

@@ -150,12 +150,15 @@ def test_the_plan_preview_shows_what_this_model_gets(host, flux):
               "rolling_window_size": 16, "rolling_overlap": 8, "attention_persistence": 0.5, "draft": 0}  # fmt: skip
     image, plain = host.run("RollingPlanPreview", **values)
     assert host.run("RollingPlanPreview", model=flux, **values)[1] == plain and "ticks" in plain
-    model, seen = host.calls(host.tiny.sd())
-    windows = host.run("RollingPlanPreview", model=model, **values)[1]
-    host.ours(model, host.tiny.latent(32, 16, 4), steps=8, cfg=1.0, window=16, overlap=8, draft=0)
-    area = sum(height * width for height, width, _ in seen)
-    assert f"0 of the whole canvas + {len(seen)} of windows" in windows
-    assert f"{area} cells, {area / (8 * 32 * 16):.2f} of ordinary sampling" in windows
+    xl = [host.tiny.conditioning(i, width=768 + 1280, pooled=1280) for i in (1, 2)]
+    for make, prompts, height in ((host.tiny.sd, None, 32), (host.tiny.sdxl, xl, 37)):  # tokens of 2 and of 4 cells
+        model, seen = host.calls(make())
+        windows = host.run("RollingPlanPreview", model=model, **{**values, "height": 8 * height})[1]
+        run = {"steps": 8, "cfg": 1.0, "window": 16, "overlap": 8, "draft": 0}
+        host.ours(model, host.tiny.latent(height, 16, 4), prompts=prompts, **run)
+        area = sum(rows * columns for rows, columns, _ in seen)
+        assert f"0 of the whole canvas + {len(seen)} of windows" in windows
+        assert f"{area} cells, {area / (8 * height * 16):.2f} of ordinary sampling" in windows
     assert "takes one noise level a call, so it runs in windows" in windows
     assert "One block" in host.run("RollingPlanPreview", **{**values, "rolling_window_size": 64})[1]
     assert image.shape[0] == 1 and image.shape[-1] == 3

@@ -291,3 +291,83 @@ def test_foreign_flux_falls_back_with_a_line(host, caplog):
     finally:
         model.model.diffusion_model = inner
     assert out.isfinite().all() and "Foreign takes one noise level a call" in caplog.text
+
+
+def test_what_a_mask_keeps_is_seen_as_it_is(host, sd):
+    """In every call, windows included, cells outside the mask are the picture's own, noised; and in previews."""
+    import comfy.samplers
+
+    kept, seen, shown = host.tiny.latent(32, 8, 4, seed=1), [], []
+    kept["noise_mask"] = torch.ones(1, 1, 32, 8)
+    kept["noise_mask"][..., 4:] = 0
+    model = sd.clone()
+
+    def wrapper(apply, args):
+        seen.append((args["input"][:1].clone(), args["timestep"][0]))
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    settings = host.module("settings").Settings("top-to-bottom", 16, 8, draft=1)
+    rolling = host.module("sampler").Rolling(comfy.samplers.sampler_object("euler"), settings)
+    sampling = model.get_model_object("model_sampling")
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(*host.prompts)
+    guider.set_cfg(1.0)
+    noise = torch.randn(1, 4, 32, 8, generator=torch.Generator().manual_seed(2))
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 3)
+    show = lambda step, x0, x, total: shown.append(x0.clone())  # noqa: E731
+    out = guider.sample(
+        noise, kept["samples"], rolling, sigmas, kept["noise_mask"][0], callback=show, disable_pbar=True, seed=3
+    )
+    latent = sd.model.process_latent_in(kept["samples"])
+    windows = [each for each in seen if each[0].shape[-2] < 32]
+    assert len(windows) == 4 * 2 and torch.allclose(out[..., 4:], kept["samples"][..., 4:], atol=1e-5)
+    for x, sigma in windows:
+        true = sampling.noise_scaling(sigma, noise.clone(), latent)
+        places = [true[..., top : top + x.shape[-2], 4:] for top in range(32 - x.shape[-2] + 1)]
+        assert min(float((x[..., 4:] - place).abs().max()) for place in places) < 1e-4
+    assert all(torch.allclose(x0[..., 4:], latent[..., 4:], atol=1e-5) for x0 in shown)
+
+
+def test_previews_of_windows_show_the_picture_appearing(host, sd, monkeypatch):
+    """After each call the newest x0 of the block that moved, and of all others what was known before."""
+    import latent_preview
+
+    shown, calls = [], []
+    monkeypatch.setattr(
+        latent_preview, "prepare_callback", lambda *_: lambda i, x0, x, n: shown.append((i, n, x0.clone()))
+    )
+    model, calls = host.calls(sd)
+    out = host.ours(model, host.tiny.latent(32, 8, 4), steps=4, window=16, overlap=8, draft=1, cfg=1.0)
+    assert [i for i, _, _ in shown] == list(range(len(calls))) and {n for _, n, _ in shown} == {len(calls)}
+    for (_, _, before), (_, _, after) in itertools.pairwise(shown[1:]):
+        rows = (before != after).any(-1)[0, 0].nonzero().flatten()
+        assert len(rows) == 8 and rows[0] % 8 == 0  # one block
+    assert torch.allclose(shown[-1][2][..., -8:, :], sd.model.process_latent_in(out)[..., -8:, :], atol=1e-5)
+
+
+@pytest.mark.parametrize("refiner", [False, True])
+def test_sdxl_is_told_where_its_window_begins(host, refiner):
+    """By its crop coordinates, which its own code is asked for here; the canvas's size and all else stay."""
+    width, pooled = (1280, 1280) if refiner else (768 + 1280, 1280)
+    said = {"crop_h": 8, "crop_w": 0, "target_width": 128, "target_height": 512}
+    prompts = [host.tiny.conditioning(i, width=width, pooled=pooled, **said) for i in (1, 2)]
+    model, told = host.tiny.sdxl(refiner=refiner).clone(), []
+
+    def wrapper(apply, args):
+        told.append((args["input"].shape[-2], args["c"]["y"][0].clone()))
+        return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    run = {"steps": 1, "window": 16, "overlap": 8, "draft": 0, "cfg": 1.0, "prompts": prompts}
+    host.ours(model, host.tiny.latent(32, 8, 4), **run)
+    size = {"width": 64, "height": 256, "pooled_output": prompts[0][0][1]["pooled_output"], "device": "cpu"}
+
+    def expected(crop):
+        return model.model.encode_adm(**{**size, **said, "crop_h": crop})[0]
+
+    height = told[0][0]
+    assert height < 32 and torch.equal(told[0][1], expected(8))
+    tops = [min(max(8 * block + 4 - height // 2, 0) // 4 * 4, 32 - height) for block in range(4)]
+    for (_, y), top in zip(told, tops, strict=True):
+        assert torch.allclose(y, expected(8 + top * 512 / 32), atol=1e-5)
