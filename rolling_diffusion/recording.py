@@ -21,7 +21,7 @@ def record(said: Collection[str], settings: Mapping[str, Any]) -> dict[str, Any]
     """said: the names of those settings that were said; settings: all that JSON is to hold of them."""
     return {
         "version": __version__,
-        "said": {name: settings[name] for name in said if name in settings and name not in MACHINE},
+        "said": {name: value for name, value in settings.items() if name in said and name not in MACHINE},
         "fitted": {name: value for name, value in settings.items() if name not in {*said, *MACHINE}},
         "machine": {name: settings[name] for name in MACHINE if name in settings},
     }
