@@ -146,14 +146,13 @@ def prepare(values: argparse.Namespace, model: tuple[str, Card] | None = None) -
     settings |= {name: card.size for name in ("across", "stretch") if settings[name] is None}
     if settings["context"] is None:
         settings["context"] = context_of(settings["stretch"])
-    if not is_file and settings["slice"] is None:
-        settings["slice"] = settings["stretch"]
     prompts, settings["length"] = along(settings)
     for name in ("length", "across", "stretch", "context"):
         check_side(f"--{name}", settings[name])
     route = route_of(settings["order"])
     axis = 0 if route.axis == "rows" else 1
-    output = open_output(values.output, axis, route.backwards, settings["slice"], settings["pyramid"] is not None)
+    size = settings["slice"] if is_file else settings["slice"] or settings["stretch"]
+    output = open_output(values.output, axis, route.backwards, size, settings["pyramid"] is not None)
     check_room(settings["across"], settings["stretch"] + settings["context"], "take a smaller --across or --stretch")
     plan = plan_of_stretch(settings, card, route)
     settings = fitted(settings, plan, card) | {"device": device_named(values.device or "auto")}
