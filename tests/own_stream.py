@@ -1,8 +1,9 @@
-"""The command in processes of its own that start in moments: forked from one that has imported the libraries, and computed
-nothing."""
+"""The command in processes of its own that start in moments: forked from one that has imported the libraries, and has
+computed nothing."""
 
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def command(argv: list[str], folder: str) -> None:
     from rolling_diffusion.cli import main
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell ignores it
     os.chdir(folder)
     with open("words.txt", "a") as words:
         sys.stdout = sys.stderr = words
