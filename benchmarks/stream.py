@@ -78,8 +78,8 @@ def run(repeats: int = 12) -> None:
         f"| peak memory, {LONG} pixels long against {SHORT} | **{long / short:.3f}** | at most 1.05 |",
         f"| time of stretch {LATE + 1} against stretch {EARLY + 1} | **{middle:.3f}** | at most 1.05 |",
         "",
-        f"Memory: of the whole process, with its libraries and model ({short / 2**10:.0f} MiB at {SHORT} pixels), and the",
-        f"picture written at the end. Time: the median of {len(every)} interleaved pairs (quartiles",
+        f"Memory: of the whole process, with its libraries and model ({short / 2**10:.0f} MiB at {SHORT} pixels),",
+        f"and the picture written at the end. Time: the median of {len(every)} interleaved pairs (quartiles",
         f"{every[len(every) // 4]:.3f} and {every[-len(every) // 4]:.3f}).",
     ]
     path = Path(__file__).parent / "stream.md"

@@ -80,6 +80,8 @@ def add_drawing_options(parser: Parser) -> None:
     add(
         "--strength", type=decimal(0, 1), metavar="S", help="how much of it is drawn anew (default: the pipeline's own)"
     )
+    circle = "x, y or xy: along these axes the edges meet without a seam (default: no circle)"
+    add("--wrap", type=name_in(("x", "y", "xy")), metavar="AXES", help=circle)
     add_sampling_options(parser)
     add_model_options(parser)
     add_plan_options(parser)
@@ -90,8 +92,6 @@ def add_sampling_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--negative-prompt", metavar="TEXT", help="what to keep away from")
     add("--cfg", type=decimal(0), metavar="SCALE", help="how closely to follow the prompt (default: the model's own)")
-    circle = "x, y or xy: along these axes the edges meet without a seam (default: no circle)"
-    add("--wrap", type=name_in(("x", "y", "xy")), metavar="AXES", help=circle)
     add("--sampler", type=name_in(SAMPLERS), metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: euler)")
     add("--scheduler", type=name_in(SCHEDULERS), metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: simple)")
 

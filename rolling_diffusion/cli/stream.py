@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .growing import Output
 
 STRAIGHT = tuple(name for name, route in ROUTES.items() if route.axis != "tiles")
-NO_STREAM = ("width", "height", "guide", "image", "mask", "strength")
+NO_STREAM = ("width", "height", "guide", "wrap", "image", "mask", "strength")
 DEFAULTS: dict[str, Any] = {
     **{name: value for name, value in OF_PICTURES.items() if name not in NO_STREAM},
     "order": "left-to-right",
