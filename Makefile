@@ -38,7 +38,8 @@ demo: $(STAMP)
 	$(GENERATE) $(DEMO_PROMPT) --order top-to-bottom -o out/demo/top-to-bottom.png --animation out/demo/top-to-bottom.gif
 	$(GENERATE) $(DEMO_PROMPT) --order left-to-right -o out/demo/left-to-right.png
 	$(GENERATE) $(DEMO_PROMPT) --order spiral-out -o out/demo/spiral-out.png
-	@echo "The pictures are in $(CURDIR)/out/demo: top-to-bottom.png (.gif shows it appearing), left-to-right.png, spiral-out.png"
+	$(VENV)/bin/rolling-diffusion stream --prompts docs/strip.txt --across 128 --stretch 128 --seed 3 -o out/demo/strip.png
+	@echo "The pictures are in $(CURDIR)/out/demo: top-to-bottom.png (.gif shows it appearing), left-to-right.png, spiral-out.png, strip.png"
 
 test: lint
 	$(PY) -m pytest

@@ -19,7 +19,7 @@ def record(version: str, said: Collection[str], settings: Mapping[str, Any]) -> 
     """version: of the package. said: names of the settings that were said. settings: all, as JSON is to hold them."""
     return {
         "version": version,
-        "said": {name: settings[name] for name in said if name in settings and name not in MACHINE},
+        "said": {name: value for name, value in settings.items() if name in said and name not in MACHINE},
         "fitted": {name: value for name, value in settings.items() if name not in {*said, *MACHINE}},
         "machine": {name: settings[name] for name in MACHINE if name in settings},
     }

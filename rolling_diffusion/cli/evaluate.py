@@ -65,7 +65,7 @@ def run(values: argparse.Namespace) -> int:
     common["num_inference_steps"] = values.steps
     common = {name: value for name, value in common.items() if value is not None}
     for side in common.keys() & {"width", "height"}:
-        check_side(side, common[side])
+        check_side(f"--{side}", common[side])
     count = values.prompts or (480 if of_orders else 240)
     device = device_named(values.device)
     folder = locate(values.model)

@@ -16,10 +16,12 @@ from typing import Any
 from zlib import crc32
 
 import psutil
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from ..recording import KEY, as_json, chunk
 
+DESCRIPTION = 270  # the tag of a TIFF that holds what a PNG holds in a chunk
+SETTINGS_FILE = "settings.json"  # the file in a folder of slices that holds it
 PLACES = (tempfile.gettempdir, Path.home, Path.cwd)  # where a file is kept that cannot be written where it was to be
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 # A file that is being written names the machine and the process that write it: others may write to the folder, too.
@@ -84,19 +86,20 @@ def put(path: Path, write: Callable[[Path], object], fresh: bool = False) -> Pat
     place cannot be written to any more, says where the file is kept instead.
     """
     try:
-        return _put(path, write, fresh)
+        return place(path, write, fresh)
     except OSError as error:
         why = f"cannot write {path}: {_reason(error)}"
     for folder in PLACES:
         try:
-            kept = _put(Path(folder()) / path.name, write, fresh=True)
+            kept = place(Path(folder()) / path.name, write, fresh=True)
         except (OSError, RuntimeError):  # RuntimeError: no home
             continue
         raise Unwritten(f"{why}; it is kept at {kept}")
     raise Unwritten(f"{why}; and there is no other place to keep it")
 
 
-def _put(path: Path, write: Callable[[Path], object], fresh: bool) -> Path:
+def place(path: Path, write: Callable[[Path], object], fresh: bool = False) -> Path:
+    """What `put` does, or OSError."""
     target = path if fresh else _through(path)
     part = _part(target)
     try:
@@ -162,25 +165,38 @@ def save_json_lines(path: Path, rows: Iterable[Any]) -> Path:
 
 def save_png(path: Path, image: Image.Image, record: dict[str, Any] | None = None, fresh: bool = False) -> Path:
     """A PNG; `record` goes into a text chunk that `read_record` finds again."""
-    return put(path, lambda part: image.save(part, format="PNG", pnginfo=chunk(record)), fresh)
+    return put(path, lambda part: write_image(part, image, record), fresh)
+
+
+def write_image(path: Path, image: Image.Image, record: dict[str, Any] | None) -> None:
+    image.save(path, format="PNG", pnginfo=chunk(record))
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What `save_png` recorded in a PNG; ValueError if there is nothing. The picture may be of any size."""
+    """What was recorded in a PNG, in a TIFF, or in a folder of slices; ValueError if there is nothing. The picture may
+    be of any size."""
+    path = path / SETTINGS_FILE if Path(path).is_dir() else path
+    kind = Path(path).suffix.lower()
+    what = {".tif": "TIFF picture", ".tiff": "TIFF picture", ".json": "file of settings"}.get(kind, "PNG picture")
     try:
         with open(path, "rb") as file:
-            # Not Image.open: it refuses large pictures, and only the chunks before the pixels are wanted.
-            text = PngImagePlugin.PngImageFile(file).info.get(KEY)
+            # Not Image.open: it refuses large pictures, and only what stands before the pixels is wanted.
+            if what == "TIFF picture":
+                text = TiffImagePlugin.TiffImageFile(file).tag_v2.get(DESCRIPTION)
+            elif kind == ".json":
+                text = file.read().decode()
+            else:
+                text = PngImagePlugin.PngImageFile(file).info.get(KEY)
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
     except Exception:  # whatever a damaged file makes of the reader
-        raise ValueError(f"{path} is not a PNG picture that can be read") from None
+        raise ValueError(f"{path} is not a {what} that can be read") from None
     try:
         record = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        raise ValueError(f"{path} holds no settings of rolling-diffusion: only pictures made by generate do")
+        raise ValueError(f"{path} holds no settings of rolling-diffusion: only pictures made by it do")
     return record
 
 

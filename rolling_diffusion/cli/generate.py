@@ -75,19 +75,25 @@ def add_options(parser: Parser) -> None:
 def add_drawing_options(parser: Parser) -> None:
     """An option for each of SETTINGS, but for the prompt. All default to None."""
     add = parser.add_argument
-    add("--negative-prompt", metavar="TEXT", help="what to keep away from")
     add("--image", type=Path, metavar="FILE", help="a picture to start from")
     add("--mask", type=Path, metavar="FILE", help="of that picture: white is drawn anew, black stays")
     add(
         "--strength", type=decimal(0, 1), metavar="S", help="how much of it is drawn anew (default: the pipeline's own)"
     )
-    add("--cfg", type=decimal(0), metavar="SCALE", help="how closely to follow the prompt (default: the model's own)")
     circle = "x, y or xy: along these axes the edges meet without a seam (default: no circle)"
     add("--wrap", type=name_in(("x", "y", "xy")), metavar="AXES", help=circle)
-    add("--sampler", type=name_in(SAMPLERS), metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: euler)")
-    add("--scheduler", type=name_in(SCHEDULERS), metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: simple)")
+    add_sampling_options(parser)
     add_model_options(parser)
     add_plan_options(parser)
+
+
+def add_sampling_options(parser: Parser) -> None:
+    """How a prompt is followed. All default to None."""
+    add = parser.add_argument
+    add("--negative-prompt", metavar="TEXT", help="what to keep away from")
+    add("--cfg", type=decimal(0), metavar="SCALE", help="how closely to follow the prompt (default: the model's own)")
+    add("--sampler", type=name_in(SAMPLERS), metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: euler)")
+    add("--scheduler", type=name_in(SCHEDULERS), metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default: simple)")
 
 
 def add_model_options(parser: Parser) -> None:
@@ -173,6 +179,11 @@ def notes(values: argparse.Namespace, job: Job, settings: dict[str, Any]) -> Ite
     if job.image is not None and job.image.size != (settings["width"], settings["height"]):
         size = f"{job.image.width} × {job.image.height} pixels"
         yield f"--image is of {size}, and is scaled to {settings['width']} × {settings['height']}"
+    yield from notes_of_defaults(values, settings)
+
+
+def notes_of_defaults(values: argparse.Namespace, settings: dict[str, Any]) -> Iterator[str]:
+    """Which defaults have changed since a picture was made that is made again."""
     if values.again:
         for name, (old, new) in changed(values.again, values, settings).items():
             yield f"{values.again} was made with {name} {old}, and is now made with {new}, as the default has changed"
@@ -190,9 +201,7 @@ def prepare(
     prompt, name, first = said.get("prompt", ""), said.get("model", EMBEDDED), said.get("seed", 0)
     if not prompt.strip():
         raise ValueError('a prompt is needed: rolling-diffusion generate "a red ball above a blue boat"')
-    for text in (prompt, said.get("negative_prompt", "")):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError("the prompt holds bytes that are no text in this terminal's encoding: write it in UTF-8")
+    check_text(prompt, said.get("negative_prompt", ""))
     if first + values.batch - 1 > LAST_SEED:
         raise ValueError(f"--seed {first} leaves no seeds for --batch {values.batch}: the last one is {LAST_SEED}")
     outputs = targets(values, prompt, first) if outputs is None else outputs
@@ -207,6 +216,12 @@ def prepare(
     plan = plan_of(settings, card)
     settings = fitted(settings, plan, card) | {"device": ranks.own(device_named(values.device or "auto"))}
     return Job(settings, frozenset({*said, "seed"}), plan, card, folder, outputs, image, mask)
+
+
+def check_text(*texts: str) -> None:
+    """ValueError for bytes that are no text."""
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        raise ValueError("the prompt holds bytes that are no text in this terminal's encoding: write it in UTF-8")
 
 
 def targets(values: argparse.Namespace, prompt: str, seed: int) -> list[Path]:

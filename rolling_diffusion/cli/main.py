@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from .. import __version__
-from . import batch, evaluate, generate, plan, ranks, serve, train
+from . import batch, evaluate, extend, generate, plan, ranks, serve, stream, train
 from .arguments import Parser, fail, nearest
 from .files import Unwritten
 
 COMMANDS = {
     "generate": (generate, "draw a picture from a prompt"),
+    "stream": (stream, "draw a canvas of any length, with prompts along it"),
+    "extend": (extend, "carry a picture on beyond its edges"),
     "batch": (batch, "draw a picture for each line of a file, on every core or GPU"),
     "plan": (plan, "show what a plan costs and how it looks"),
     "serve": (serve, "draw for others: OpenAI's image API, and a page"),

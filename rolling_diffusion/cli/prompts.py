@@ -1,10 +1,11 @@
-"""Files of prompts: each line says what one picture is to be, in a text, a table or an object."""
+"""Files of prompts: each line says what one picture is to be, in a text, a table or an object; or along a canvas."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .model import found
 
 SUFFIXES = (".jsonl", ".csv", ".txt")
 PICTURES = ("image", "mask")
+Prompts = list[str] | list[tuple[int | float, str]]
 
 
 def read_lines(path: Path, parser: Parser, names: Collection[str]) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
@@ -47,6 +49,50 @@ def read_lines(path: Path, parser: Parser, names: Collection[str]) -> Iterator[t
                 yield number, entry
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_prompts(path: Path) -> Prompts:
+    """The prompts along a canvas, of a .txt, a prompt a line, or a .json, as `prompts_of` takes them; ValueError if
+    they cannot be used."""
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", ".json"):
+        raise ValueError(f"{path} must end in .txt, with a prompt a line, or .json")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8") from None
+    if suffix == ".txt":
+        entries: Any = [line.strip() for line in text.splitlines() if line.strip()]
+    else:
+        try:
+            entries = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path} is not valid JSON") from None
+    try:
+        return prompts_of(entries)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def prompts_of(entries: Any) -> Prompts:
+    """Prompts, or pairs of a place and a prompt, a place being pixels or a share of the length; else ValueError."""
+    if not isinstance(entries, list) or not entries:
+        raise ValueError("prompts must be a list, with one at least")
+    placed = not isinstance(entries[0], str)
+    found: list[Any] = []
+    for number, entry in enumerate(entries, 1):
+        place, prompt = entry if isinstance(entry, list) and len(entry) == 2 else (0, entry)
+        if isinstance(entry, list) != placed or not isinstance(prompt, str) or not prompt.strip():
+            kinds = (
+                '[PLACE, "words"]' if placed and number > 1 else '"words"' if number > 1 else "words, or [PLACE, words]"
+            )
+            raise ValueError(f"prompt {number} is {json.dumps(entry)[:60]}, and must be {kinds}")
+        if isinstance(place, bool) or not isinstance(place, (int, float)) or not math.isfinite(place):
+            raise ValueError(f"the place of prompt {number} is {json.dumps(place)[:60]}, and must be pixels or a share")
+        found.append((place, prompt) if placed else prompt)
+    return found
 
 
 def _texts(file: Any) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:

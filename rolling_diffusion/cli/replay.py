@@ -18,8 +18,9 @@ from ..recording import record as recorded
 from .arguments import Parser
 from .files import read_record
 from .model import EMBEDDED, REPOSITORY, base_name, found
+from .prompts import prompts_of
 
-NAMES = ("model", "image", "mask")  # of files
+NAMES = ("model", "image", "mask", "picture")  # of files
 # Pictures of version 0.1.0 recorded all settings as one, resolved. Of theirs, what may have been fitted to one of these
 # is not said again where one of these is said anew.
 WHOLE = {"model"}
@@ -89,6 +90,8 @@ def _checked(path: Path, name: str, value: Any, parser: Parser) -> Any:
     try:
         if name == "lora":
             return [(_found(path, option, file), strength) for file, strength in _loras(value)]
+        if name == "prompts":
+            return prompts_of(value)
         if action.type not in (None, Path):
             return action.type(str(value))  # pyright: ignore[reportCallIssue]
         if not isinstance(value, str):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from ..core.order import ORDERS
+from ..core.order import ORDERS, Block
 from ..core.plan import Plan
 from ..defaults import CELL, EVERYWHERE, SIDE, TOKEN, Card, plan_for
 from .arguments import Parser, decimal, name_in, number_or, seed, whole_number
@@ -30,19 +31,25 @@ PLAN_DEFAULTS: dict[str, Any] = {
 GUIDE: dict[Any, bool] = {"on": True, "off": False}
 
 
-def add_plan_options(parser: Parser) -> None:
-    """The options that make a plan. All default to None, so that what was said stays apart from what is filled in."""
+def add_plan_options(
+    parser: Parser, sides: bool = True, orders: Collection[str] = ORDERS, order: str = "top-to-bottom"
+) -> None:
+    """The options that make a plan. All default to None, so that what was said stays apart from what is filled in.
+
+    sides: with those of a canvas whose size is known; orders, order: those to choose from, if any, and the default."""
     group = parser.add_argument_group("the plan")
     add = group.add_argument
-    add("--width", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
-    add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
+    if sides:
+        add("--width", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
+        add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
     add(
         "--steps",
         type=whole_number(1),
         metavar="N",
         help="noise levels that every block passes through (default: the model's own)",
     )
-    add("--order", type=name_in(ORDERS), metavar="NAME", help=f"{', '.join(ORDERS)} (default: top-to-bottom)")
+    if orders:
+        add("--order", type=name_in(orders), metavar="NAME", help=f"{', '.join(orders)} (default: {order})")
     add("--window", type=whole_number(1), metavar="CELLS", help="cells that are in motion (default: the model's own)")
     stay = "cells that stay as it advances (default: the model's own, at most half of it)"
     add("--overlap", type=whole_number(0), metavar="CELLS", help=stay)
@@ -52,8 +59,11 @@ def add_plan_options(parser: Parser) -> None:
         metavar="STEPS",
         help="first steps that all blocks take together (default: the model's own)",
     )
-    small = "on: a picture of the model's own size takes the place of the draft (default: where the canvas is larger)"
-    add("--guide", type=name_in(GUIDE), metavar="WHICH", help=small)
+    if sides:
+        small = (
+            "on: a picture of the model's own size takes the place of the draft (default: where the canvas is larger)"
+        )
+        add("--guide", type=name_in(GUIDE), metavar="WHICH", help=small)
     reach = number_or(EVERYWHERE, "cells")
     add(
         "--lookahead",
@@ -80,9 +90,11 @@ def complete(
     said = {name: value for name, value in vars(values).items() if value is not None}
     settings = {name: said.get(name, recorded.get(name, default)) for name, default in defaults.items()}
     for name, own in (("width", card.size), ("height", card.size), ("steps", card.steps)):
-        settings[name] = own if settings[name] is None else settings[name]
+        if name in defaults and settings[name] is None:
+            settings[name] = own
     for side in ("width", "height"):
-        check_side(side, settings[side])
+        if side in defaults:
+            check_side(f"--{side}", settings[side])
     return settings
 
 
@@ -91,10 +103,10 @@ def check_side(name: str, pixels: int) -> None:
     if pixels % SIDE:
         low = pixels // SIDE * SIDE
         nearby = f"{low} or {low + SIDE}" if low else f"{SIDE}"
-        raise ValueError(f"--{name} is {pixels} pixels, and must be a multiple of {SIDE}: take {nearby}")
+        raise ValueError(f"{name} is {pixels} pixels, and must be a multiple of {SIDE}: take {nearby}")
 
 
-def check_room(width: int, height: int) -> None:
+def check_room(width: int, height: int, remedy: str = "take a smaller --width or --height") -> None:
     """ValueError if this machine cannot even hold the finished picture, of so many pixels."""
     import psutil
 
@@ -102,11 +114,11 @@ def check_room(width: int, height: int) -> None:
     if need > there:
         raise ValueError(
             f"{width} × {height} pixels take at least {need / 2**30:,.0f} GiB of memory, and this machine has "
-            f"{there / 2**30:,.0f} GiB: take a smaller --width or --height"
+            f"{there / 2**30:,.0f} GiB: {remedy}"
         )
 
 
-def plan_of(settings: dict[str, Any], card: Card) -> Plan:
+def plan_of(settings: dict[str, Any], card: Card, given: Sequence[Block] = ()) -> Plan:
     """The plan that these settings make with a model; heun takes two ticks a step, and one for the last."""
     return plan_for(
         card,
@@ -123,6 +135,7 @@ def plan_of(settings: dict[str, Any], card: Card) -> Plan:
         seed=settings["seed"],
         multiple=TOKEN,
         extrapolation=settings["extrapolation"],
+        given=given,
         calls_per_step=2 if settings.get("sampler") == "heun" else 1,
         guide=settings.get("image") is None and GUIDE.get(settings.get("guide"), "auto"),
     )

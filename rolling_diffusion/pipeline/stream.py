@@ -81,7 +81,10 @@ def stretches(prompts: Any, length: int | None, own: int, multiple: int) -> Iter
 def _placed(prompts: Sequence[Any], length: int | None, multiple: int) -> Iterator[tuple[str, int | None]]:
     """(prompt, cells that it holds for) of prompts with places."""
     places: list[int] = []
-    for place, prompt in prompts:
+    for entry in prompts:
+        if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2:
+            raise ValueError(f"a prompt of the stream is {entry!r}, and must be words, or in all a place and words")
+        place, prompt = entry
         if isinstance(place, float):
             if length is None:
                 raise ValueError(f"the place {place:g} of {prompt!r} is a share, and the stream has no length: say one")
