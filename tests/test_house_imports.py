@@ -13,10 +13,17 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "core": {"torch", "greenlet"},
     "models": {"torch", "greenlet", "diffusers", "transformers", "safetensors"},
-    "pipeline": {"torch", "diffusers", "huggingface_hub"},
+    "pipeline": {
+        "torch",
+        "diffusers",
+        "huggingface_hub",
+        "numpy",
+        "PIL",
+    },  # the last two: what pictures are in diffusers
     "loading": {"torch", "diffusers", "transformers", "safetensors", "torchao"},  # the last for a quantiser alone
     "world": {"numpy", "PIL", "scipy"},
     "evaluation": {"torch", "numpy"},
+    "evaluation_strip": {"torch", "numpy"},
     "picture": {"numpy", "PIL"},
     "appearing": {"PIL"},
     "recording": {"PIL"},
