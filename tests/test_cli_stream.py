@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -288,6 +289,21 @@ def test_a_png_of_many_bands_is_the_canvas(here, monkeypatch):
         assert np.array_equal(pixels("x.png"), picture[3:304, 5:35])
         Image.fromarray(picture[3:304, 5:35]).save("pillow.png")
     assert (here / "x.png").stat().st_size < 1.1 * (here / "pillow.png").stat().st_size + 2000
+
+
+@pytest.mark.parametrize("shape", [(60, 200_000), (200_000, 60)], ids=["wide", "tall"])
+def test_files_of_huge_canvases_are_written_in_little_memory(here, shape):
+    with growing.Canvas(here / "x.raw", *shape) as canvas:
+        rows = np.random.default_rng(0).integers(0, 256, (1, shape[1], 3), dtype=np.uint8)
+        for row in range(0, shape[0], 30):
+            canvas.write(row, 0, rows)
+        tracemalloc.start()
+        growing.write_png(here / "x.png", canvas, (0, 0, *shape), {})
+        growing.write_tiff(here / "x.tif", canvas, (0, 0, *shape), {}, pyramid=True)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 12 * 2**20  # of 34 MiB of pixels
+    assert np.array_equal(pixels("x.png"), pixels("x.tif"))
 
 
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(here, capsys, monkeypatch):

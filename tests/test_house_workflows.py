@@ -57,3 +57,8 @@ def test_a_blueprint_is_one_node_whose_links_all_meet(path):
     for number, name in node["properties"]["proxyWidgets"]:
         inside = {i["name"] for i in nodes[int(number)]["inputs"] if "widget" in i}
         assert name in inside | {"control_after_generate"}
+
+
+def test_prompts_of_the_readme_s_strip_hold_words_that_the_model_knows():
+    for prompt in (FOLDER.parent / "docs" / "strip.txt").read_text(encoding="utf-8").splitlines():
+        assert set(split(prompt)) <= set(vocabulary()), prompt

@@ -21,6 +21,7 @@ from rolling_diffusion.pipeline.stream import stream, stretches
 
 WAYS = [Along(3, False), Along(3, True), Along(2, False), Along(2, True)]
 TINY = {"stretch": 32, "num_inference_steps": 2, "seed": 1}
+STATE = dict.fromkeys(("number", "written", "cells", "done"), torch.tensor(1)) | {"context": torch.zeros(1, 4, 6, 8)}
 PROMPTS = ["a red ball", "a blue boat", "a green tree", "a red ball"]
 
 
@@ -152,6 +153,8 @@ def test_what_is_seen_of_the_stretch_before_matters_and_seeds_differ(rolled):
         ({"stretch": 40}, ["stretch is 40 pixels"]),
         ({"context": 8}, ["context is 8 pixels"]),
         ({"seed": -1}, ["seed"]),
+        ({"state": {"number": torch.tensor(1)}}, ["the state has no cells, context, done, written"]),
+        ({"state": STATE}, ["canvas 48 pixels across", "this one has 32"]),
         ({"prompts": [(8, "a")], "length": 64}, ["place is 8 pixels", "multiple of 16"]),
     ],
 )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICTURES = (".png", ".tif", ".tiff")
-BAND = 2**22  # bytes of rows that are read at a time
+BAND = 2**19  # bytes of rows that are read at a time
 TILE = 256  # pixels of a side of a TIFF's tiles
 CHUNK = 2**16  # bytes of a PNG's chunk of pixels
 MOST_PNG = 2**31 - 1  # pixels of a side
@@ -108,20 +108,34 @@ def _filtered(rows: np.ndarray, above: np.ndarray) -> np.ndarray:
     neighbours, whichever are smallest, after the number of that filter."""
     up = np.concatenate([above, rows[:-1]])
     left, corner = (np.pad(x[:, :-3], ((0, 0), (3, 0))) for x in (rows, up))
-    a, b, c = (x.astype(np.int16) for x in (left, up, corner))
-    far_a, far_b, far_c = abs(b - c), abs(a - c), abs(a + b - 2 * c)
-    nearest = np.where((far_a <= far_b) & (far_a <= far_c), left, np.where(far_b <= far_c, up, corner))
-    found = np.stack([rows - left, rows - up, rows - nearest])
-    sums = abs(found.view(np.int8).astype(np.int16)).sum(2, dtype=np.int64)
-    best = sums.argmin(0)
-    return np.concatenate([np.array([1, 2, 4], np.uint8)[best][:, None], found[best, np.arange(len(rows))]], 1)
+    found, least = np.empty((len(rows), rows.shape[1] + 1), np.uint8), None
+    for number, guess in ((1, left), (2, up), (4, None)):
+        missed = rows - (_nearest(left, up, corner) if guess is None else guess)
+        size = np.minimum(missed, 0 - missed).sum(1, dtype=np.int64)
+        better = np.ones(len(rows), bool) if least is None else size < least
+        least = size if least is None else np.minimum(size, least)
+        found[better, 0], found[better, 1:] = number, missed[better]
+    return found
+
+
+def _nearest(left: np.ndarray, up: np.ndarray, corner: np.ndarray) -> np.ndarray:
+    """Of three neighbours, the one nearest to left + up - corner (Paeth), some columns at a time: it takes room."""
+    found = np.empty_like(left)
+    each = max(1, BAND // (8 * len(left)))
+    for start in range(0, left.shape[1], each):
+        part = slice(start, start + each)
+        a, b, c = (x[:, part].astype(np.int16) for x in (left, up, corner))
+        far_a, far_b, far_c = abs(b - c), abs(a - c), abs(a + b - 2 * c)
+        nearer = np.where(far_b <= far_c, up[:, part], corner[:, part])
+        found[:, part] = np.where((far_a <= far_b) & (far_a <= far_c), left[:, part], nearer)
+    return found
 
 
 def write_tiff(path: Path, canvas: Canvas, box: Box, record: Mapping[str, Any], pyramid: bool) -> None:
     """A part of a canvas as a BigTIFF of tiles; pyramid: followed by the same at a half, a quarter and so on."""
     tifffile = tiff_library()
     common: dict[str, Any] = {"dtype": np.uint8, "tile": (TILE, TILE), "photometric": "rgb", "metadata": None}
-    common |= {"compression": "zlib", "predictor": True, "software": False}
+    common |= {"compression": "zlib", "predictor": True, "software": False, "maxworkers": 1}
     levels, sizes = [(canvas, box)], []
     height, width = box[2:]
     while pyramid and max(height, width) > TILE and min(height, width) > 1:

@@ -127,6 +127,8 @@ def stream(
     cell = pipe.vae_scale_factor
     route = route_of(order)
     way = Along(2 if route.axis == "rows" else 3, route.backwards)
+    if state is not None:
+        _check_state(state, way, across, cell)
     number, written = (0, 0) if state is None else (int(state["number"]), int(state["written"]))
     before = None if state is None else state["context"]
     decoder = Decoder(family, pipe, way, state)
@@ -158,6 +160,18 @@ def stream(
         start, written = written, written + pixels.shape[way.axis]
         after = {"number": torch.tensor(i + 1), "written": torch.tensor(written), "context": before.cpu()}
         yield Strip(array, start, part.prompt, None if part.last else decoder.state() | after)
+
+
+def _check_state(state: Mapping[str, Tensor], way: Along, across: int, cell: int) -> None:
+    """ValueError for a state that no strip of such a canvas has."""
+    missing = {"number", "written", "context", "cells", "done"} - state.keys()
+    if missing:
+        raise ValueError(f"the state has no {', '.join(sorted(missing))}: take that of a Strip")
+    seen = state["context"].shape[5 - way.axis]
+    if seen != across:
+        raise ValueError(
+            f"the state is of a canvas {seen * cell} pixels across, and this one has {across * cell}: say the same"
+        )
 
 
 def _source(rolling: Any, way: Along, before: Tensor, size: Mapping[str, int]) -> Source:
