@@ -152,14 +152,17 @@ def _sample(model, positive, negative, latent_image, seed, cfg, sampler_name, si
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
     else:
         noise = torch.zeros(samples.size(), dtype=samples.dtype, layout=samples.layout, device="cpu")
+    rolling = Rolling(comfy.samplers.sampler_object(sampler_name), settings)
     out = comfy.sample.sample_custom(
-        model, noise, cfg, Rolling(comfy.samplers.sampler_object(sampler_name), settings), sigmas, positive, negative,
+        model, noise, cfg, rolling, sigmas, positive, negative,
         samples,
         noise_mask=latent_image.get("noise_mask"),
         callback=latent_preview.prepare_callback(model, max(len(sigmas) - 1, 1)),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )  # fmt: skip
+    if rolling.kept is not None:  # models scale latents, and scaling back rounds
+        out = torch.where(rolling.kept.to(out.device), samples.to(out), out)
     return {**result, "samples": out}
 
 
