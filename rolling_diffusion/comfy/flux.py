@@ -60,6 +60,7 @@ class Call:
     sigmas: list[float]
     largest: float  # the noise that the guider is told
     store: str | None = None  # "finished", "waiting" or nothing
+    origin: tuple[int, int] = (0, 0)  # tokens (down, across) from which positions are told
     ordinal: int = -1  # which evaluation of the guider is running
     areas: dict = field(default_factory=dict)  # (evaluation, conditioning, side): (height, width, top, left) in cells
 
@@ -150,7 +151,7 @@ class FluxDenoiser(Canvas):
     def _joint(self, blocks: list[Block], sigmas: list[float], store: str | None) -> Tensor:
         # Conditionings look at the guider's sigma, and some guidance divides by it: never 0.
         largest = max(max(sigmas), float(self.sampling.sigma_min))
-        self.call = Call(blocks, sigmas, largest, store)
+        self.call = Call(blocks, sigmas, largest, store, tuple(cells // self.patch for cells in self.origin))
         try:
             sigma = torch.full((self.x.shape[0],), largest, device=self.x.device, dtype=self.x.dtype)
             return self.ask(self.x.clone(), sigma, self.joint_options([] if store else blocks))
@@ -165,6 +166,8 @@ class FluxDenoiser(Canvas):
         snapped = []
         for side, group in enumerate(conds):
             if group is not None:
+                if self.call.store is None:  # what is stored, all of them will see
+                    group = self.speaking(group, [(b.rows, b.columns) for b in self.call.blocks])
                 group = [_snap(cond, self.patch, x.shape[-2:]) for cond in group]
                 for cond in group:
                     if "area" in cond:

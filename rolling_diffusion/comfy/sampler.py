@@ -34,14 +34,19 @@ class Rolling(comfy.samplers.Sampler):
     """A SAMPLER that runs another SAMPLER once per block, with autoregressive rolling diffusion.
 
     With one block it gives what the other gives, bit for bit.
+
+    origin: cells (down, across) at which the prompt's picture begins, on a canvas that continues another one: what the
+    mask keeps of it is then given in any case.
     """
 
-    def __init__(self, sampler: Any, settings: Settings, notes: Notes | None = None):
-        self.sampler, self.settings, self.notes = sampler, settings, notes
+    def __init__(
+        self, sampler: Any, settings: Settings, notes: Notes | None = None, origin: tuple[int, int] | None = None
+    ):
+        self.sampler, self.settings, self.notes, self.origin = sampler, settings, notes, origin
         self.kept: Tensor | None = None  # (height, width) of the last run: cells that were given, not computed
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("sampler", "settings", "notes", "kept"):
+        if name in ("sampler", "settings", "notes", "origin", "kept"):
             raise AttributeError(name)
         return getattr(self.sampler, name)
 
@@ -55,7 +60,7 @@ class Rolling(comfy.samplers.Sampler):
         if noise.ndim not in (4, 5) or noise.shape[-2] < 2 or len(sigmas) < 2:
             notes.tell(f"A latent {tuple(noise.shape)} has no rows and columns to order: sampled as one.")
             return self.sampler.sample(*stock)
-        run = _Run(self.sampler, self.settings, notes, *stock)
+        run = _Run(self.sampler, self.settings, notes, self.origin, *stock)
         result = run.sample()
         self.kept = None if run.leftover else run.kept
         return result
@@ -74,7 +79,9 @@ def given_by(mask: Tensor, multiple: int) -> tuple[Block, ...]:
 class _Run:
     """One sampling run: the plan, the denoiser, and the canvas that the blocks are put together on."""
 
-    def __init__(self, sampler, settings, notes, guider, sigmas, extra_args, callback, noise, latent, mask, quiet):
+    def __init__(
+        self, sampler, settings, notes, origin, guider, sigmas, extra_args, callback, noise, latent, mask, quiet
+    ):
         self.sampler, self.settings, self.guider, self.sigmas, self.quiet = sampler, settings, guider, sigmas, quiet
         self.extra_args, self.callback, self.noise, self.mask = extra_args, callback, noise, mask
         self.latent = torch.zeros_like(noise) if latent is None else latent
@@ -86,10 +93,11 @@ class _Run:
         self.leftover = bool(sigmas[-1] > 0)
         self.kept: Tensor | None = None
         self.plan = settings.plan(*noise.shape[-2:], len(sigmas) - 1, multiple, pixels)
-        if mask is not None and not self.plan.alone and "denoise_mask_function" not in options:
+        rolls = origin is not None or not self.plan.alone
+        if mask is not None and rolls and "denoise_mask_function" not in options:
             self._give(given_by(mask, multiple), multiple, pixels)
         self.stock = self.plan.alone and not self.plan.pieces  # ordinary sampling
-        self._tell(notes, why_not, pixels)
+        self._tell(notes, why_not, pixels, origin is not None)
         if not self.stock:
             options = uncompiled(options)
         arguments = guider, options, self.seed, noise, self.latent, sigmas, mask
@@ -102,6 +110,7 @@ class _Run:
             )
         else:
             self.canvas = WindowDenoiser(*arguments, plan=self.plan, persistence=settings.persistence)
+        self.canvas.origin = origin or (0, 0)
 
     def _give(self, given: tuple[Block, ...], multiple: int, pixels: int) -> None:
         """What the mask keeps is finished from the start: blocks wholly outside it are not computed."""
@@ -116,10 +125,10 @@ class _Run:
         if all_of_it or self.plan.pieces:
             self.kept = kept
 
-    def _tell(self, notes: Notes, why_not: str, pixels: int) -> None:
+    def _tell(self, notes: Notes, why_not: str, pixels: int, continues: bool) -> None:
         """What is not as the user would expect it."""
         plan, settings = self.plan, self.settings
-        if self.kept is not None:
+        if self.kept is not None and not continues:
             notes.tell(f"The mask keeps {self.kept.float().mean():.0%} of the picture: it is seen, and not computed.")
         if self.stock:
             extent = span(plan.order, *self.noise.shape[-2:]) * pixels // 8

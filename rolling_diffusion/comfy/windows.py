@@ -194,7 +194,7 @@ class WindowDenoiser(Canvas):
             return executor(x, *args, **kwargs)
         before = options.get("rope_options")
         own = dict(before or {})
-        for axis, start in (("y", self.window[2]), ("x", self.window[3])):
+        for axis, start in (("y", self.window[2] - self.origin[0]), ("x", self.window[3] - self.origin[1])):
             own[f"shift_{axis}"] = own.get(f"shift_{axis}", 0.0) + own.get(f"scale_{axis}", 1.0) * start / self.unit
         options["rope_options"] = own
         try:
@@ -208,10 +208,14 @@ class WindowDenoiser(Canvas):
         """Restricts every conditioning to the window: ComfyUI's areas crop latents, masks and concatenated latents."""
         if self.window is None:
             return executor(model, conds, x, timestep, options, *a, **kw)
-        window = self.window
-        cropped = [
-            group if group is None else [c for c in (self._within(c, window, x) for c in group) if c] for group in conds
-        ]
+        height, width, top, left = window = self.window
+        inside = slice(top, top + height), slice(left, left + width)
+        cropped = []
+        for group in conds:
+            if group is not None:
+                group = self.speaking(group, [inside])
+                group = [c for c in (self._within(c, window, x) for c in group) if c]
+            cropped.append(group)
         return executor(model, cropped, x, timestep, options, *a, **kw)
 
     def _within(self, cond: dict, window: Box, x: Tensor) -> dict | None:
