@@ -67,7 +67,7 @@ class Growing:
         seen = 0 if before is None else before.shape[way.axis]
         shape = [across, across]
         shape[way.axis - 2] = seen + part.length
-        channels = self.model.get_model_object("latent_format").latent_channels
+        channels = self.model.model.latent_format.latent_channels
         samples = torch.zeros(batch, channels, *shape)
         latent: dict[str, Any] = {"samples": samples}
         origin = None
@@ -88,7 +88,7 @@ class Growing:
 def decoder(vae: Any, way: Along, state: Any = None) -> growing.Decoder:
     """Decodes what a `Growing` draws, with ComfyUI's VAE."""
     layers = getattr(getattr(vae, "first_stage_model", None), "taesd_decoder", None)
-    whole = type(layers).__name__ == "Decoder"  # others put their latents together first
+    whole = type(layers).__name__ in ("Decoder", "Sequential")  # others put their latents together first
     return growing.Decoder(lambda cells: decoded(vae, cells), way, growing.sight(layers) if whole else None, state)
 
 

@@ -139,6 +139,7 @@ class Strip:
         if not path.is_file():
             return None
         state = comfy.utils.load_torch_file(str(path), safe_load=True)
+        state = {name: tensor.clone() for name, tensor in state.items()}  # the file is to be written again
         self.count = int(state["slices"])
         lost = next((path for path in self.slices() if not path.is_file()), None)
         if lost is not None:

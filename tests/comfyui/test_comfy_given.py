@@ -32,9 +32,11 @@ def cells(model):
     return seen, hook
 
 
-@pytest.mark.parametrize("order", ["top-to-bottom", "left-to-right", "spiral-out", "difficulty"])
-@pytest.mark.parametrize("height, width, rows, columns", [
-    (32, 16, (16, 32), (0, 16)), (32, 16, (0, 12), (0, 16)), (27, 35, (5, 14), (11, 28)), (24, 40, (0, 24), (30, 40)),
+@pytest.mark.parametrize("order, height, width, rows, columns", [
+    ("top-to-bottom", 32, 16, (16, 32), (0, 16)),
+    ("left-to-right", 27, 35, (5, 14), (11, 28)),
+    ("spiral-out", 24, 40, (0, 24), (30, 40)),
+    ("difficulty", 27, 35, (5, 14), (11, 28)),
 ])  # fmt: skip
 def test_what_is_kept_comes_out_bit_for_bit(host, model, order, height, width, rows, columns):
     run = {"order": order, "window": 8, "overlap": 0, "draft": 2 if order == "difficulty" else 1, "steps": 3}
