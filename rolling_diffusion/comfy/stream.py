@@ -162,7 +162,7 @@ class Strip:
     def keep(self, state: dict[str, Tensor]) -> None:
         """After a slice, never before it: what was lost in between is drawn again, and is the same."""
         path = self.folder / STATE
-        state = {name: tensor.contiguous() for name, tensor in state.items()}
+        state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
         comfy.utils.save_torch_file({**state, "slices": torch.tensor(self.count)}, str(path.with_suffix(".part")))
         os.replace(path.with_suffix(".part"), path)
 

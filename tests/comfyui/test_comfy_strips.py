@@ -59,7 +59,8 @@ def test_cancelled_it_goes_on_where_it_stopped(host, parts, output, monkeypatch)
     import comfy.model_management
 
     module, growing = host.module("stream"), host.module("growing")
-    expected, _ = stream(host, parts, filename_prefix="whole")
+    run = {"context": 128}  # as long as a stretch: then what is kept of one is kept for two reasons
+    expected, _ = stream(host, parts, filename_prefix="whole", **run)
     inner, drawn = growing.Growing.stretch, []
 
     def stretch(self, number, *args):
@@ -75,12 +76,12 @@ def test_cancelled_it_goes_on_where_it_stopped(host, parts, output, monkeypatch)
         stopping.setattr(module.Strip, "show", stop)
         for _ in range(2):
             with pytest.raises(comfy.model_management.InterruptProcessingException):
-                stream(host, parts)
-    image, folder = stream(host, parts)
+                stream(host, parts, **run)
+    image, folder = stream(host, parts, **run)
     assert drawn == [0, 1, 2] and torch.equal(image, expected)
-    again, same = stream(host, parts)
+    again, same = stream(host, parts, **run)
     assert drawn == [0, 1, 2] and same == folder and torch.equal(again, expected)  # nothing is left to draw
-    assert stream(host, parts, seed=4)[1] != folder
+    assert stream(host, parts, seed=4, **run)[1] != folder
 
 
 def test_the_prompts_lie_where_they_were_said(host, parts):
