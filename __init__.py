@@ -1,5 +1,6 @@
 """ComfyUI's entry: the static node mappings, and nothing else."""
 
+from .rolling_diffusion.comfy.extend import RollingExtend
 from .rolling_diffusion.comfy.nodes import (
     AutoregressiveRollingDiffusionSampler,
     AutoregressiveRollingDiffusionSamplerAdvanced,
@@ -8,6 +9,8 @@ from .rolling_diffusion.comfy.nodes import (
     RollingPlanPreview,
     RollingSampler,
 )
+from .rolling_diffusion.comfy.prompts import RollingPrompts
+from .rolling_diffusion.comfy.stream import RollingStream
 
 NODE_CLASS_MAPPINGS = {
     "AutoregressiveRollingDiffusionSampler": AutoregressiveRollingDiffusionSampler,
@@ -16,6 +19,9 @@ NODE_CLASS_MAPPINGS = {
     "RollingSampler": RollingSampler,
     "LoadEmbeddedRollingModel": LoadEmbeddedRollingModel,
     "RollingPlanPreview": RollingPlanPreview,
+    "RollingStream": RollingStream,
+    "RollingExtend": RollingExtend,
+    "RollingPrompts": RollingPrompts,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -27,6 +33,9 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "RollingSampler": "Rolling Sampler",
     "LoadEmbeddedRollingModel": "Load Embedded Rolling Model",
     "RollingPlanPreview": "Rolling Plan Preview",
+    "RollingStream": "Rolling Stream",
+    "RollingExtend": "Rolling Extend",
+    "RollingPrompts": "Rolling Prompts",
 }
 
 WEB_DIRECTORY = "./web"

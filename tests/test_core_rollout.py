@@ -14,6 +14,7 @@ from tiny_denoiser import SIGMAS, TWO, Log, S, euler, noise, plan_of, run
 
 from rolling_diffusion.core.cohort import block_seed
 from rolling_diffusion.core.memory import Memory
+from rolling_diffusion.core.order import Block
 from rolling_diffusion.core.plan import make_plan
 from rolling_diffusion.core.rollout import rollout
 
@@ -247,6 +248,67 @@ def test_blocks_come_as_soon_as_they_are_finished():
     stream.close()
 
 
+BOTTOM = Block(0, 8, 0, 4, 4)
+
+
+@mark.parametrize("order", ["top-to-bottom", "bottom-to-top"])
+def test_what_is_given_is_committed_first_and_never_moves(order):
+    plan = make_plan(12, 4, S, order, window=6, overlap=2, draft=1, given=[BOTTOM])
+    log, frames = Log(), []
+    drawn = [b for b, _ in rollout(plan, log, euler, SIGMAS, noise, callback=frames.append, given=canvas_of(7.0))]
+    assert log.events[:3] == [("commit", 2), ("denoise", [0, 1]), ("keep", [0, 1])]
+    assert [what for event, what in log.events if event == "commit"] == [2, 0]
+    assert drawn == list(plan.blocks) and all(2 not in [b.index for b in frame.blocks] for frame in frames)
+    assert frames[0].canvas[..., 8:, :].eq(7).all()
+
+
+@mark.parametrize("lag", [None, 0])
+def test_what_is_left_may_be_one_block_or_all_at_one_level(lag):
+    """A block is then the sampler on that block alone."""
+    window = {"window": 64, "overlap": 0} if lag is None else {"window": 4, "overlap": 0}
+    plan = make_plan(12, 4, S, **window, lag=lag, given=[BOTTOM])
+    assert plan.alone and len(plan.blocks) == (1 if lag is None else 2)
+    log, frames = Log(), []
+    x = torch.randn(1, 1, 12, 4)
+
+    def part(block):
+        return x[..., block.rows, block.columns]
+
+    drawn = list(rollout(plan, log, euler, SIGMAS, part, given=part, callback=frames.append))
+    indices = [b.index for b in plan.blocks]
+    assert log.events == [("commit", len(indices))] + [("denoise", indices)] * S
+    assert [frame.total for frame in frames] == [S] * S
+    for block, found in drawn:
+        assert torch.equal(found, euler(lambda x, sigma: x / 2, part(block), SIGMAS))
+
+
+def test_without_persistence_what_is_given_is_not_committed():
+    plan = make_plan(12, 4, S, window=6, overlap=2, persistence=0, given=[BOTTOM])
+    log = Log()
+    list(rollout(plan, log, euler, SIGMAS, noise, given=canvas_of(0.0)))
+    assert "commit" not in dict(log.events)
+
+
+def test_cells_that_are_given_within_a_block_leave_it_a_block():
+    plan = make_plan(12, 4, S, window=6, overlap=0, given=[Block(0, 0, 0, 2, 2)])
+    assert plan.pieces == () and run(plan) == [0, 1]
+
+
+@mark.parametrize("persistence", [0.5, 1.0])
+def test_what_is_given_ahead_is_still_there_when_the_order_comes_to_it(persistence):
+    """Thirty blocks away it is out of sight, and not forgotten."""
+    ends = [Block(0, 0, 0, 2, 4), Block(0, 62, 0, 2, 4)]
+    for order in ("top-to-bottom", "bottom-to-top"):
+        plan = make_plan(64, 4, S, order, window=2, overlap=0, persistence=persistence, given=ends)
+        model = Remembering(plan, 0)
+        list(rollout(plan, model, euler, SIGMAS, noise, given=canvas_of(0.0)))
+        assert all(piece in model.memory._stored["finished"] for piece in plan.pieces)
+
+
+def canvas_of(value):
+    return lambda block: torch.full((1, 1, block.height, block.width), value)
+
+
 def test_frames_show_the_whole_canvas():
     plan, frames = plan_of(3, lag=2), []
     last = {}
@@ -339,6 +401,12 @@ def test_bad_input_is_refused_before_anything_runs(change, message):
     given = {"sigmas": SIGMAS, **change}
     with raises(ValueError, match=message):
         rollout(plan_of(), Log(), euler, given.pop("sigmas"), noise, **given)
+
+
+def test_a_plan_with_given_parts_needs_what_they_hold():
+    plan = make_plan(12, 4, S, window=6, overlap=2, given=[BOTTOM])
+    with raises(ValueError, match="the plan has parts that are given: say what they hold"):
+        rollout(plan, Log(), euler, SIGMAS, noise)
 
 
 def test_a_sampler_without_steps_is_refused_where_steps_matter():

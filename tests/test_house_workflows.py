@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rolling_diffusion.comfy.places import read
 from rolling_diffusion.world.caption import split, vocabulary
 
 FOLDER = Path(__file__).parent.parent / "example_workflows"
@@ -27,6 +28,8 @@ def test_prompts_for_the_embedded_model_hold_words_that_it_knows(path):
     if "LoadEmbeddedRollingModel" not in kinds:
         return
     prompts = [n["widgets_values"][0] for n in nodes if n["type"].startswith(("CLIPTextEncode", "FluxDev"))]
+    several = [n["widgets_values"][0] for n in nodes if n["type"] in ("RollingPrompts", "RollingStream")]
+    prompts += [prompt for text in several for _, prompt in read(text)]
     assert any(prompts)
     for prompt in prompts:
         assert set(split(prompt)) <= set(vocabulary()), prompt

@@ -77,6 +77,7 @@ class Canvas:
         self.asked: dict[Block, tuple[Tensor, dict]] = {}  # sigma and options as a sampler gave them, by block
         self.answers: dict[Block, dict] = {}  # what the guider handed to post-guidance functions, by block
         self.calls = 0  # model calls so far
+        self.origin = 0, 0  # cells (down, across) from which positions are told
         self.shown: Callable[[], None] = lambda: None  # called after each model call, with x0 up to date
 
     @property
@@ -148,6 +149,17 @@ class Canvas:
         """Functions that a sampler wants to see guidance with, beyond the run's own."""
         mine = self.options.get("sampler_post_cfg_function", [])
         return options.get("sampler_post_cfg_function", [])[len(mine) :]
+
+    def speaking(self, conditions: list[dict], parts: Sequence[tuple[slice, slice]]) -> list[dict]:
+        """Those whose mask is not empty in all of these parts (rows, columns) of the canvas; all, if none is left."""
+
+        def speaks(condition: dict) -> bool:
+            mask = condition.get("mask")
+            if mask is None or mask.shape[-2:] != self.x.shape[-2:]:
+                return True
+            return any(bool(mask[..., rows, columns].any()) for rows, columns in parts)
+
+        return [condition for condition in conditions if speaks(condition)] or conditions
 
     def finish(self, block: Block, part: Tensor, x: Tensor, sigma: Tensor, options: dict) -> Tensor:
         """The block's x0, passed through the functions that its own sampler added for after guidance (CFG++)."""

@@ -60,6 +60,7 @@ class Call:
     sigmas: list[float]
     largest: float  # the noise that the guider is told
     store: str | None = None  # "finished", "waiting" or nothing
+    origin: tuple[int, int] = (0, 0)  # tokens (down, across) from which positions are told
     ordinal: int = -1  # which evaluation of the guider is running
     areas: dict = field(default_factory=dict)  # (evaluation, conditioning, side): (height, width, top, left) in cells
 
@@ -80,6 +81,7 @@ class FluxDenoiser(Canvas):
         self.memories: dict[Branch, Memory] = {}
         self.stored: dict[Branch, frozenset] = {}  # the same blocks stored: two conditionings can share a call
         self.call: Call | None = None
+        self.given: list[Block] = []  # pieces that are finished from the start, and not yet in memory
         self.patch = self.guider.inner_model.diffusion_model.patch_size
         self.options = copy_nested_dicts(self.options)
         add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self._evaluation, self.options, is_model_options=True)
@@ -90,6 +92,9 @@ class FluxDenoiser(Canvas):
     def denoise(self, moving: Sequence[Moving], keep: bool = False) -> Sequence[Tensor]:
         if keep and not self.rule.stores("waiting"):
             return [m.x for m in moving]
+        if self.given:
+            self._remember(self.given)
+            self.given = []
         level = {float(m.sigma) for m in moving}
         if not keep and len(level) == 1 and not self.memories and self.covers([m.block for m in moving]):
             out = self.whole(moving)
@@ -111,12 +116,22 @@ class FluxDenoiser(Canvas):
         self.paste(self.x0, block, x0)
         if not self.rule.stores("finished"):
             return
+        if block.index >= len(self.plan.blocks):  # a piece of what is given: all of them in one call
+            self.given.append(block)
+        else:
+            self._remember([block])
+
+    def _remember(self, blocks: list[Block]) -> None:
+        """Finished blocks enter memory."""
         sigma = self.context_noise
         if sigma > 0:
-            noise, scale = self.cut(self.noise, block), torch.tensor(sigma, device=x0.device, dtype=x0.dtype)
-            self.paste(self.x, block, self.sampling.noise_scaling(scale, noise.clone(), x0))
-        self._joint([block], [sigma], "finished")
-        self.paste(self.x, block, x0)
+            for block in blocks:
+                noise, x0 = self.cut(self.noise, block), self.cut(self.x0, block)
+                scale = torch.tensor(sigma, device=x0.device, dtype=x0.dtype)
+                self.paste(self.x, block, self.sampling.noise_scaling(scale, noise.clone(), x0))
+        self._joint(blocks, [sigma] * len(blocks), "finished")
+        for block in blocks:
+            self.paste(self.x, block, self.cut(self.x0, block))
         self.show()
 
     def start(self, block: Block) -> None:
@@ -129,13 +144,14 @@ class FluxDenoiser(Canvas):
             memory.clear()
         self.memories.clear()
         self.stored.clear()
+        self.given.clear()
 
     # --- one call ---------------------------------------------------------------------------------------------------
 
     def _joint(self, blocks: list[Block], sigmas: list[float], store: str | None) -> Tensor:
         # Conditionings look at the guider's sigma, and some guidance divides by it: never 0.
         largest = max(max(sigmas), float(self.sampling.sigma_min))
-        self.call = Call(blocks, sigmas, largest, store)
+        self.call = Call(blocks, sigmas, largest, store, tuple(cells // self.patch for cells in self.origin))
         try:
             sigma = torch.full((self.x.shape[0],), largest, device=self.x.device, dtype=self.x.dtype)
             return self.ask(self.x.clone(), sigma, self.joint_options([] if store else blocks))
@@ -150,6 +166,8 @@ class FluxDenoiser(Canvas):
         snapped = []
         for side, group in enumerate(conds):
             if group is not None:
+                if self.call.store is None:  # what is stored, all of them will see
+                    group = self.speaking(group, [(b.rows, b.columns) for b in self.call.blocks])
                 group = [_snap(cond, self.patch, x.shape[-2:]) for cond in group]
                 for cond in group:
                     if "area" in cond:

@@ -106,7 +106,8 @@ class FluxCall:
     # --- tokens -----------------------------------------------------------------------------------------------------
 
     def _gather(self, args: dict, total: int) -> dict:
-        """Keep the moving tokens, and all tokens behind the canvas (reference latents). Positions in fp32."""
+        """Keep the moving tokens, and all tokens behind the canvas (reference latents). Positions in fp32, and from
+        the origin on."""
         image, ids = args["img"], args["img_ids"]
         index = torch.cat([self.index, torch.arange(total, image.shape[1], device=image.device)])
         if ids is not None:
@@ -114,6 +115,10 @@ class FluxCall:
                 ids = ids.float()
                 rows = torch.arange(total, device=ids.device)
                 ids[:, :total, 1], ids[:, :total, 2] = rows // self.width, rows % self.width
+            if any(self.call.origin):
+                ids = ids.clone()
+                ids[:, :total, 1] -= self.call.origin[0]
+                ids[:, :total, 2] -= self.call.origin[1]
             ids = ids[:, index]
         text_ids = args["txt_ids"]
         text_ids = text_ids if ids is None or text_ids is None else text_ids.to(ids.dtype)

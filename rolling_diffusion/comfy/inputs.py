@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.order import ORDERS
+from ..core.order import ORDERS, route_of
+from . import places
 from .notes import Notes
 
 # The orders of the samplers come first everywhere, so that a workflow reads alike in all nodes.
@@ -19,6 +20,19 @@ ORDER: Any = (list(FIRST), {
     "default": "top-to-bottom", "tooltip": "The direction in which the picture is generated. difficulty: easy blocks "
     "first, as the draft (of at least 2 steps) finds them."})  # fmt: skip
 EVERY_ORDER: Any = ([*FIRST, *(name for name in ORDERS if name not in FIRST)], ORDER[1])
+STRAIGHT_ORDER: Any = ([name for name in ORDERS if route_of(name).axis != "tiles"], {
+    "default": "top-to-bottom",
+    "tooltip": "The direction along which the picture grows, and prompts follow."})  # fmt: skip
+PROMPTS: Any = ("STRING", {
+    "multiline": True, "default": "a beach\na harbour\na town",
+    "tooltip": "One a line. A line may begin with its place: '0.4: a harbour' is a share of the length, '512: a "
+    "harbour' pixels. Without places the lines share the length."})  # fmt: skip
+STRETCH: Any = ("INT", {
+    "default": 512, "min": 16, "max": 4096, "step": 16, "tooltip": "Pixels that are drawn at a time. With the context, "
+    "as much as the model was made for."})  # fmt: skip
+CONTEXT: Any = ("INT", {
+    "default": 512, "min": 16, "max": 4096, "step": 16,
+    "tooltip": "Pixels of the end of what is there that are seen, and not computed."})  # fmt: skip
 WINDOW: Any = ("INT", {
     "default": 64, "min": 16, "max": 512, "step": 16,
     "tooltip": "Cells (of 8×8 pixels, on every model) that are denoised at a time. A window that covers the canvas is "
@@ -94,6 +108,8 @@ def lazy(kind: str, tooltip: str) -> Any:
 
 def refuse(values: dict[str, Any]) -> None:
     """ValueError, one sentence, that begins with the name of the input at fault. ComfyUI checks ranges by itself."""
+    if values.get("prompts") is not None:
+        places.read(values["prompts"])
     window, overlap = values.get("rolling_window_size"), values.get("rolling_overlap")
     if window is not None and overlap is not None and overlap >= window:
         raise ValueError(f"rolling_overlap is {overlap}, and must be below rolling_window_size, which is {window}.")

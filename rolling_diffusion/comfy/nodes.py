@@ -81,7 +81,9 @@ class AutoregressiveRollingDiffusionSampler(inputs.Early):
         stock = comfy.samplers.KSampler(
             model, steps, model.load_device, sampler_name, scheduler, denoise, model_options=model.model_options
         )
-        return (_sample(model, positive, negative, latent_image, seed, cfg, sampler_name, stock.sigmas, settings),)
+        return (
+            sample_latent(model, positive, negative, latent_image, seed, cfg, sampler_name, stock.sigmas, settings),
+        )
 
 
 class AutoregressiveRollingDiffusionSamplerAdvanced(inputs.Early):
@@ -135,12 +137,15 @@ class AutoregressiveRollingDiffusionSamplerAdvanced(inputs.Early):
             if return_with_leftover_noise == "disable":
                 sigmas[-1] = 0
         sigmas = sigmas[start_at_step:] if start_at_step < len(sigmas) - 1 else sigmas[:0]
-        return (_sample(model, positive, negative, latent_image, noise_seed, cfg, sampler_name, sigmas, settings,
+        return (sample_latent(model, positive, negative, latent_image, noise_seed, cfg, sampler_name, sigmas, settings,
                         noisy=add_noise == "enable"),)  # fmt: skip
 
 
-def _sample(model, positive, negative, latent_image, seed, cfg, sampler_name, sigmas, settings, noisy=True):
-    """The LATENT after these sigmas."""
+def sample_latent(
+    model, positive, negative, latent_image, seed, cfg, sampler_name, sigmas, settings, noisy=True, notes=None,
+    origin=None,
+):  # fmt: skip
+    """The LATENT after these sigmas. notes, origin: as `Rolling`'s."""
     check_suspendable(sampler_name)
     samples = fit_latent(model, latent_image)
     result = {k: v for k, v in latent_image.items() if not k.startswith("downscale_ratio")}
@@ -152,14 +157,17 @@ def _sample(model, positive, negative, latent_image, seed, cfg, sampler_name, si
         noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
     else:
         noise = torch.zeros(samples.size(), dtype=samples.dtype, layout=samples.layout, device="cpu")
+    rolling = Rolling(comfy.samplers.sampler_object(sampler_name), settings, notes, origin)
     out = comfy.sample.sample_custom(
-        model, noise, cfg, Rolling(comfy.samplers.sampler_object(sampler_name), settings), sigmas, positive, negative,
+        model, noise, cfg, rolling, sigmas, positive, negative,
         samples,
         noise_mask=latent_image.get("noise_mask"),
         callback=latent_preview.prepare_callback(model, max(len(sigmas) - 1, 1)),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )  # fmt: skip
+    if rolling.kept is not None:  # models scale latents, and scaling back rounds
+        out = torch.where(rolling.kept.to(out.device), samples.to(out), out)
     return {**result, "samples": out}
 
 

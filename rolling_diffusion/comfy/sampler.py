@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.cohort import ADAPTIVE
-from ..core.order import span
+from ..core.order import rectangles, span
 from ..core.rollout import rollout
 from .canvas import BlockModel, is_compiled, log, uncompiled
 from .flux import FluxDenoiser, per_block_noise
@@ -34,13 +34,19 @@ class Rolling(comfy.samplers.Sampler):
     """A SAMPLER that runs another SAMPLER once per block, with autoregressive rolling diffusion.
 
     With one block it gives what the other gives, bit for bit.
+
+    origin: cells (down, across) at which the prompt's picture begins, on a canvas that continues another one: what the
+    mask keeps of it is then given in any case.
     """
 
-    def __init__(self, sampler: Any, settings: Settings, notes: Notes | None = None):
-        self.sampler, self.settings, self.notes = sampler, settings, notes
+    def __init__(
+        self, sampler: Any, settings: Settings, notes: Notes | None = None, origin: tuple[int, int] | None = None
+    ):
+        self.sampler, self.settings, self.notes, self.origin = sampler, settings, notes, origin
+        self.kept: Tensor | None = None  # (height, width) of the last run: cells that were given, not computed
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("sampler", "settings", "notes"):
+        if name in ("sampler", "settings", "notes", "origin", "kept"):
             raise AttributeError(name)
         return getattr(self.sampler, name)
 
@@ -54,13 +60,28 @@ class Rolling(comfy.samplers.Sampler):
         if noise.ndim not in (4, 5) or noise.shape[-2] < 2 or len(sigmas) < 2:
             notes.tell(f"A latent {tuple(noise.shape)} has no rows and columns to order: sampled as one.")
             return self.sampler.sample(*stock)
-        return _Run(self.sampler, self.settings, notes, *stock).sample()
+        run = _Run(self.sampler, self.settings, notes, self.origin, *stock)
+        result = run.sample()
+        self.kept = None if run.leftover else run.kept
+        return result
+
+
+def given_by(mask: Tensor, multiple: int) -> tuple[Block, ...]:
+    """What an inpainting mask (…, height, width) keeps, in whole tokens: blocks to be given. Beyond the canvas's far
+    edges, which tokens may cross, all is kept."""
+    kept = (mask == 0).flatten(0, -3).all(0)
+    down, across = (-side % multiple for side in kept.shape)
+    kept = torch.nn.functional.pad(kept, (0, across, 0, down), value=True)
+    tokens = kept.unflatten(0, (-1, multiple)).unflatten(2, (-1, multiple)).all(3).all(1)
+    return rectangles(tokens.tolist(), multiple)
 
 
 class _Run:
     """One sampling run: the plan, the denoiser, and the canvas that the blocks are put together on."""
 
-    def __init__(self, sampler, settings, notes, guider, sigmas, extra_args, callback, noise, latent, mask, quiet):
+    def __init__(
+        self, sampler, settings, notes, origin, guider, sigmas, extra_args, callback, noise, latent, mask, quiet
+    ):
         self.sampler, self.settings, self.guider, self.sigmas, self.quiet = sampler, settings, guider, sigmas, quiet
         self.extra_args, self.callback, self.noise, self.mask = extra_args, callback, noise, mask
         self.latent = torch.zeros_like(noise) if latent is None else latent
@@ -69,9 +90,15 @@ class _Run:
         flux, why_not = per_block_noise(guider.inner_model, options, noise.ndim)
         multiple = guider.inner_model.diffusion_model.patch_size if flux else 1
         pixels = cell_pixels(guider.inner_model)
+        self.leftover = bool(sigmas[-1] > 0)
+        self.kept: Tensor | None = None
         self.plan = settings.plan(*noise.shape[-2:], len(sigmas) - 1, multiple, pixels)
-        self._tell(notes, why_not, pixels)
-        if not self.plan.alone:
+        rolls = origin is not None or not self.plan.alone
+        if mask is not None and rolls and "denoise_mask_function" not in options:
+            self._give(given_by(mask, multiple), multiple, pixels)
+        self.stock = self.plan.alone and not self.plan.pieces  # ordinary sampling
+        self._tell(notes, why_not, pixels, origin is not None)
+        if not self.stock:
             options = uncompiled(options)
         arguments = guider, options, self.seed, noise, self.latent, sigmas, mask
         if flux:
@@ -83,11 +110,27 @@ class _Run:
             )
         else:
             self.canvas = WindowDenoiser(*arguments, plan=self.plan, persistence=settings.persistence)
+        self.canvas.origin = origin or (0, 0)
 
-    def _tell(self, notes: Notes, why_not: str, pixels: int) -> None:
+    def _give(self, given: tuple[Block, ...], multiple: int, pixels: int) -> None:
+        """What the mask keeps is finished from the start: blocks wholly outside it are not computed."""
+        height, width = self.noise.shape[-2:]
+        kept = torch.zeros(height, width, dtype=torch.bool)
+        if all_of_it := sum(part.cells for part in given) == self.plan.height * self.plan.width:
+            kept.fill_(True)
+        elif given:
+            self.plan = self.settings.plan(height, width, len(self.sigmas) - 1, multiple, pixels, given)
+            for piece in self.plan.pieces:
+                kept[piece.rows, piece.columns] = True
+        if all_of_it or self.plan.pieces:
+            self.kept = kept
+
+    def _tell(self, notes: Notes, why_not: str, pixels: int, continues: bool) -> None:
         """What is not as the user would expect it."""
         plan, settings = self.plan, self.settings
-        if plan.alone:
+        if self.kept is not None and not continues:
+            notes.tell(f"The mask keeps {self.kept.float().mean():.0%} of the picture: it is seen, and not computed.")
+        if self.stock:
             extent = span(plan.order, *self.noise.shape[-2:]) * pixels // 8
             notes.tell(
                 f"One block, as without rolling: the window of {settings.window} cells covers the picture. "
@@ -107,19 +150,24 @@ class _Run:
             notes.warn(sentence)
 
     def sample(self) -> Tensor:
-        first = self.sigmas[:1]
+        first, last = self.sigmas[:1], self.sigmas[-1]
         scale = self.canvas.sampling.noise_scaling
+        result = self.latent.clone()
+        if self.leftover:
+            result = self.canvas.sampling.inverse_noise_scaling(last, scale(last, self.noise.clone(), result))
+        if self.kept is not None and self.kept.all():
+            return result
         most = self.sampler.max_denoise(self.guider, self.sigmas)
         self.canvas.begin(scale(first[0], self.noise.clone(), self.latent, most))
-        result = torch.empty_like(self.noise)
         self.total = self._total()
-        bar = tqdm(total=self.total, disable=self.quiet or self.plan.alone)
+        bar = tqdm(total=self.total, disable=self.quiet or self.stock)
         self.canvas.shown = lambda: self._shown(bar)
         try:
-            seed = None if self.plan.alone else self.seed or 0  # alone, draw from ComfyUI's own random state
+            seed = None if self.stock else self.seed or 0  # stock, draw from ComfyUI's own random state
             finished = rollout(
-                self.plan, self.canvas, self._one_block, self.sigmas, self._start, seed=seed, options=self._options
-            )
+                self.plan, self.canvas, self._one_block, self.sigmas, self._start, seed=seed, options=self._options,
+                given=lambda piece: self.canvas.cut(self.latent, piece).clone(),
+            )  # fmt: skip
             for block, x0 in finished:
                 self.canvas.paste(result, block, x0)
         finally:
@@ -148,14 +196,14 @@ class _Run:
             own = self.canvas.options if own is None else own
             self.canvas.asked[block] = sigma, own
             x0 = model(x, sigma)
-            return x0 if self.plan.alone else self.canvas.finish(block, x0, x, sigma, own)
+            return x0 if self.stock else self.canvas.finish(block, x0, x, sigma, own)
 
         def mark(step: int, x0: Tensor, x: Tensor, total: int) -> None:
             callback({"i": step, "denoised": x0, "x": x})
 
         mask = None if self.mask is None else cut(self.mask, block)
         noise, latent = cut(self.noise, block), cut(self.latent, block)
-        quiet = disable and self.quiet if self.plan.alone else True
+        quiet = disable and self.quiet if self.stock else True
         return self.sampler.sample(
             BlockModel(self.guider, call), sigmas, dict(extra_args), mark, noise, latent, mask, quiet
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from ..core.order import span
+from ..core.order import Block, span
 from ..core.plan import Plan
 from ..defaults import Card, plan_for
 from .notes import Notes
@@ -37,7 +38,9 @@ class Settings:
     seed: int = 0
     extrapolation: float = 0.0
 
-    def plan(self, height: int, width: int, steps: int, multiple: int = 1, pixels: int = 8) -> Plan:
+    def plan(
+        self, height: int, width: int, steps: int, multiple: int = 1, pixels: int = 8, given: Sequence[Block] = ()
+    ) -> Plan:
         """The plan for a canvas in the model's own cells, of `pixels` pixels a side; ValueError as plan_for's.
 
         Window, overlap and lookahead are asked for in cells of 8×8 pixels, so that they mean the same part of the
@@ -66,6 +69,7 @@ class Settings:
             multiple=multiple,
             persistence=self.persistence,
             extrapolation=self.extrapolation,
+            given=given,
         )
 
     def fitted(self, height: int, width: int, notes: Notes) -> Settings:

@@ -5,6 +5,9 @@ one. What is finished, or moves ahead, is noised to that level from its newest x
 it, and is denoised along with the block, as in ordinary sampling: so the model sees surroundings such as it was trained
 on. Only the block's own answer is kept; what it imagined around itself is forgotten when it is done.
 
+What is given is finished from the start, so no window is drawn for it; the draft is then a window too, of what is left
+and so much around it.
+
 A window is at least the plan's window, and as much larger as costs allow (`BUDGET`).
 Attention persistence p scales the unnormalised attention weight that earlier blocks, a blocks away, get by p**a.
 """
@@ -25,6 +28,7 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
 from torch import Tensor
 
+from ..core.order import rest_of
 from .canvas import KEY, BlockModel, Canvas, log
 
 if TYPE_CHECKING:
@@ -50,6 +54,7 @@ class WindowDenoiser(Canvas):
         self.plan, self.persistence = plan, persistence
         model = self.guider.inner_model.diffusion_model
         self.unit = side_of_token(model)  # a window is whole tokens, and lies on the canvas's own
+        self.scope = scope(plan, self.noise.shape[-2:], model, persistence)
         self.shape = window_shape(plan, self.noise.shape[-2:], model, persistence)
         self.eps = self.noise.clone()  # what is noise in each cell, as the model sees it
         self.begun = torch.zeros(self.noise.shape[-2:], dtype=torch.bool)  # cells of blocks that have left the draft
@@ -79,6 +84,8 @@ class WindowDenoiser(Canvas):
             if not self.plan.alone:
                 self.eps = self._noise_in(self.x, self.asked[moving[0].block][0], self.x0, self.eps)
             return out
+        if len(levels) == 1 and len(moving) == len(self.plan.blocks) and self.plan.pieces:
+            return self._together(moving)
         out = []
         for m in moving:
             out.append(self._windowed(m))
@@ -87,6 +94,7 @@ class WindowDenoiser(Canvas):
 
     def commit(self, block: Block, x0: Tensor) -> None:
         self.paste(self.x0, block, x0)
+        self.begun[block.rows, block.columns] = True
         self.seen.pop(block, None)
 
     def start(self, block: Block) -> None:
@@ -100,6 +108,23 @@ class WindowDenoiser(Canvas):
             log.info("Rolling: attention_persistence changes nothing here: %s lets no other weigh its attention.", name)
 
     # --- a window ----------------------------------------------------------------------------------------------------
+
+    def _together(self, moving: Sequence[Moving]) -> list[Tensor]:
+        """All blocks at one level, amid what is given, noised to that level: one call on the part that matters."""
+        blocks = [m.block for m in moving]
+        sigma, _ = self.asked[blocks[0]]
+        x = self.sampling.noise_scaling(self._level(sigma), self.eps.clone(), self.x0)
+        for m in moving:
+            self.paste(x, m.block, m.x)
+        self.window = self.scope
+        try:
+            answer = self.ask(x, sigma, self.joint_options(blocks))
+        finally:
+            self.window = None
+        out = [self.cut(answer, block).clone() for block in blocks]
+        self.show(moving, out)
+        self.eps = self._noise_in(x, sigma, self.x0, self.eps)
+        return out
 
     def _windowed(self, m: Moving) -> Tensor:
         sigma, _ = self.asked[m.block]
@@ -169,7 +194,7 @@ class WindowDenoiser(Canvas):
             return executor(x, *args, **kwargs)
         before = options.get("rope_options")
         own = dict(before or {})
-        for axis, start in (("y", self.window[2]), ("x", self.window[3])):
+        for axis, start in (("y", self.window[2] - self.origin[0]), ("x", self.window[3] - self.origin[1])):
             own[f"shift_{axis}"] = own.get(f"shift_{axis}", 0.0) + own.get(f"scale_{axis}", 1.0) * start / self.unit
         options["rope_options"] = own
         try:
@@ -183,10 +208,14 @@ class WindowDenoiser(Canvas):
         """Restricts every conditioning to the window: ComfyUI's areas crop latents, masks and concatenated latents."""
         if self.window is None:
             return executor(model, conds, x, timestep, options, *a, **kw)
-        window = self.window
-        cropped = [
-            group if group is None else [c for c in (self._within(c, window, x) for c in group) if c] for group in conds
-        ]
+        height, width, top, left = window = self.window
+        inside = slice(top, top + height), slice(left, left + width)
+        cropped = []
+        for group in conds:
+            if group is not None:
+                group = self.speaking(group, [inside])
+                group = [c for c in (self._within(c, window, x) for c in group) if c]
+            cropped.append(group)
         return executor(model, cropped, x, timestep, options, *a, **kw)
 
     def _within(self, cond: dict, window: Box, x: Tensor) -> dict | None:
@@ -299,16 +328,29 @@ def knows_places(model: Any) -> bool:
     return type(model).__name__ in PLACED and hasattr(comfy.model_patcher.ModelPatcher, "set_model_rope_options")
 
 
+def scope(plan: Plan, canvas: Sequence[int], model: Any = None, persistence: float = 1.0) -> Box:
+    """What a call on all blocks sees: the canvas; where a part of it is given, what is left and a window around it."""
+    if not plan.pieces:
+        return canvas[0], canvas[1], 0, 0
+    rest = rest_of(plan.given, plan.height, plan.width)
+    around = plan.window if persistence > 0 else 0
+    height, width = min(rest.height + around, canvas[0]), min(rest.width + around, canvas[1])
+    if height + width < LEAST.get(type(model).__name__, 1):
+        height, width = canvas
+    return place(rest, (height, width), canvas, side_of_token(model))
+
+
 def window_shape(plan: Plan, canvas: Sequence[int], model: Any = None, persistence: float = 1.0) -> tuple[int, int]:
     """Rows and columns of a window (cells): the plan's, or the most that the budget allows."""
-    first, unit, (height, width) = plan.blocks[0], side_of_token(model), canvas
+    first, unit, rest = plan.blocks[0], side_of_token(model), rest_of(plan.given, plan.height, plan.width)
+    height, width, *_ = scope(plan, canvas, model, persistence)
     if plan.alone:
         return height, width
 
     def grown(size: int) -> tuple[int, int]:
         """So many cells along each axis that blocks are cut along."""
         size = -(-size // unit) * unit
-        down, across = (size if first.height < height else height), (size if first.width < width else width)
+        down, across = (size if first.height < rest.height else height), (size if first.width < rest.width else width)
         return min(down, height), min(across, width)
 
     budget = BUDGET if knows_places(model) else UNPLACED

@@ -423,9 +423,11 @@ class RestOrder(Order):
     def tiled(self) -> bool:
         return self.base.tiled
 
-    @property
-    def onward(self) -> bool:
-        return self.base.onward
+    @cached_property
+    def onward(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Not where the order comes nearer to what is given: it is out of sight at first, and needed later."""
+        first, last = self[0], self[-1]
+        return self.base.onward and all(first.gap(piece) <= last.gap(piece) for piece in self.pieces)
 
     @cached_property
     def _kept(self) -> Sequence[int]:

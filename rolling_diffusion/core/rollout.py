@@ -35,7 +35,7 @@ class Denoiser(Protocol):
         ...
 
     def commit(self, block: Block, x0: Tensor) -> None:
-        """A finished block enters memory."""
+        """A finished block enters memory; before the first tick, a piece of what is given."""
         ...
 
     def start(self, block: Block) -> None:
@@ -54,6 +54,7 @@ def rollout(
     options: Options | Callable[[Block], Options] | None = None,
     callback: Callable[[Frame], object] | None = None,
     calls: Sequence[int] | None = None,
+    given: Callable[[Block], Tensor] | None = None,
 ) -> Iterator[tuple[Block, Tensor]]:
     """Yields (block, x) as each block reaches the last sigma. Holds no more than the visible blocks (a draft: all).
 
@@ -64,10 +65,12 @@ def rollout(
     callback: called with a Frame in each tick, when the model has answered.
     calls: the sampler's model calls before each step, and in all: range(S + 1) for one a step. If it is not given and
     a draft or a callback needs it, the sampler is run once on zeros, with the first block's options, to count them.
+    given: x0 (B, C, h, w) of a piece of what the plan has as given: committed before the first tick, where memory keeps
+    finished blocks at all, and neither moved nor yielded. What is given within a block is the sampler's to hold.
 
-    One block, or lag 0, is the plain sampler, bit for bit: one cohort over the whole canvas, whose requests are split
-    into the plan's blocks. It draws as after torch.manual_seed(seed). With seed None it draws from the caller's random
-    state, as the plain sampler does, and several blocks draw their seed from there.
+    One block, or lag 0, with nothing given, is the plain sampler, bit for bit: one cohort over the whole canvas, whose
+    requests are split into the plan's blocks. It draws as after torch.manual_seed(seed). With seed None it draws from
+    the caller's random state, as the plain sampler does, and several blocks draw their seed from there.
 
     ValueError for what does not fit together; FloatingPointError if the model answers NaN or infinity. However the
     rollout ends, no cohort is left alive, and grad mode and random state are as they were.
@@ -81,22 +84,27 @@ def rollout(
         raise ValueError("one noise_sampler cannot serve several blocks: give options as a function of the block")
     if calls is not None and (len(calls) != plan.steps + 1 or list(calls) != sorted(calls)):
         raise ValueError(f"calls must be {plan.steps + 1} rising numbers for {plan.steps} steps, unlike {list(calls)}")
-    return _Rollout(plan, denoiser, sampler, sigmas, noise, seed, options or {}, callback, calls).roll()
+    if plan.pieces and given is None:
+        raise ValueError("the plan has parts that are given: say what they hold with given, a function of a piece")
+    return _Rollout(plan, denoiser, sampler, sigmas, noise, seed, options or {}, callback, calls, given).roll()
 
 
 class _Rollout:
-    def __init__(self, plan: Plan, denoiser: Denoiser, sampler: Sampler, sigmas, noise, seed, options, callback, calls):
+    def __init__(
+        self, plan: Plan, denoiser: Denoiser, sampler: Sampler, sigmas, noise, seed, options, callback, calls, given
+    ):
         self.plan, self.denoiser, self.sampler = plan, denoiser, sampler
         self.sigmas: Tensor = sigmas
         self.noise: Callable[[Block], Tensor] = noise
         self.options: Callable[[Block], Options] = (lambda _: options) if isinstance(options, Mapping) else options
-        self.callback, self.calls = callback, calls
-        self.seed = int(torch.randint(2**62, ())) if seed is None and not plan.alone else seed
+        self.callback, self.calls, self.given = callback, calls, given
+        self.plain = plan.alone and not plan.pieces  # one cohort over the whole canvas
+        self.seed = int(torch.randint(2**62, ())) if seed is None and not self.plain else seed
         self.leftover = bool(sigmas[-1] > 0)
-        self.count = 1 if plan.alone else len(plan.blocks)  # cohorts in all
-        self.everything = plan.blocks[:] if plan.alone else ()
+        self.count = 1 if self.plain else len(plan.blocks)  # cohorts in all
+        self.everything = plan.blocks[:] if self.plain else ()
         self.cohorts: dict[int, Cohort] = {}  # those alive
-        self.preview = _Preview(plan)
+        self.preview = _Preview(plan, given)
         self.ticks = self.total = 0
 
     def roll(self) -> Iterator[tuple[Block, Tensor]]:
@@ -105,6 +113,8 @@ class _Rollout:
         before: Sequence[Tensor] = ()
         now: Sequence[Tensor] = ()
         try:
+            for piece in self.plan.pieces if self.plan.rule.stores("finished") else ():
+                self.denoiser.commit(piece, self.given(piece))
             for _ in range(self.rehearse()):  # the draft: all blocks together
                 before, now = now, self.tick(range(self.count))
             if self.plan.late:
@@ -112,7 +122,7 @@ class _Rollout:
             del before, now
             plan, arrivals = self.plan, self.plan.arrivals()
             while moving or started < self.count:
-                if started < self.count and plan.due(len(moving), self.ticks - since):
+                while started < self.count and plan.due(len(moving), self.ticks - since):  # at lag 0 all at once
                     self.start(started, next(arrivals))
                     moving.append(started)
                     started, since = started + 1, self.ticks
@@ -210,10 +220,10 @@ class _Rollout:
     def ingredients(self, g: int) -> tuple[Tensor, Options, int | None]:
         """First x, options and seed of cohort g."""
         blocks, plan = self.blocks(g), self.plan
-        block = Block(0, 0, 0, plan.height, plan.width) if plan.alone else blocks[0]
+        block = Block(0, 0, 0, plan.height, plan.width) if self.plain else blocks[0]
         x = _join(blocks, [self.noise(block) for block in blocks])
         options = self.options(block)
-        if plan.alone or self.seed is None:
+        if self.plain or self.seed is None:
             return x, options, self.seed
         seed = block_seed(self.seed, block)
         extra = {**(options.get("extra_args") or {}), "seed": seed}
@@ -275,7 +285,7 @@ class Frame:
 
     @cached_property
     def canvas(self) -> Tensor:
-        """The newest x0 of every block, (B, C, height, width), 0 where there is none yet.
+        """The newest x0 of every block, and what is given, (B, C, height, width); 0 where there is nothing yet.
 
         Rollouts keep a canvas from the first time that one is asked for: ask in every tick, or from the first.
         """
@@ -285,8 +295,8 @@ class Frame:
 class _Preview:
     """The canvas, if anybody looks at it. Without a look, nothing is kept."""
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    def __init__(self, plan: Plan, given: Callable[[Block], Tensor] | None):
+        self.plan, self.given = plan, given
         self.canvas: Tensor | None = None
 
     def paint(self, block: Block, x: Tensor) -> None:
@@ -297,6 +307,9 @@ class _Preview:
         if self.canvas is None:
             x = estimates[0]
             self.canvas = x.new_zeros(*x.shape[:-2], self.plan.height, self.plan.width)
+            for piece in self.plan.pieces:
+                assert self.given is not None
+                self.paint(piece, self.given(piece))
         for (block, _, _), x in zip(moving, estimates):
             self.paint(block, x)
         return self.canvas.clone()

@@ -7,19 +7,18 @@ those that the model knows, wherever on the canvas it is. What is held does not 
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.cohort import block_seed
-from ..core.order import Block, route_of, whole
-from .decoding import Along, Decoder
+from ..core.growing import Along, stretches
+from ..core.order import Block, route_of
+from .decoding import Decoder
 from .given import Source
 
 
@@ -35,78 +34,6 @@ class Strip:
     start: int
     prompt: str
     state: dict[str, Tensor] | None
-
-
-class Stretch(NamedTuple):
-    """Cells along the order, and what is to be seen there."""
-
-    start: int
-    length: int
-    prompt: str
-    last: bool
-
-
-def stretches(prompts: Any, length: int | None, own: int, multiple: int) -> Iterator[Stretch]:
-    """What is drawn one after the other. length: of the canvas, None if it ends with the prompts; own: the length of a
-    stretch; multiple: of a token; all in cells.
-
-    prompts: one for all; one a stretch; or (place, prompt), a place being a share of the length (a float) or cells.
-    ValueError, in one sentence, for prompts that are none, or places out of order.
-    """
-    if isinstance(prompts, str):
-        spans: Iterable[tuple[str, int | None]] = [(prompts, length)]
-    elif isinstance(prompts, Sequence) and prompts and not isinstance(prompts[0], str):
-        spans = _placed(prompts, length, multiple)
-    else:
-        spans = ((prompt, own) for prompt in prompts)
-    at, waiting = 0, None
-    for prompt, span in spans:
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"a prompt of the stream is {prompt!r}, and must be words")
-        end = math.inf if span is None else at + span
-        end = end if length is None else min(end, length)
-        while at < end:
-            if waiting is not None:
-                yield waiting
-            step = int(min(own, end - at))
-            waiting = Stretch(at, step, prompt, False)
-            at += step
-    if waiting is None:
-        raise ValueError("the stream has no prompt: it needs one, or one for each stretch")
-    if length is not None and at < length:
-        raise ValueError(f"the prompts end after {at} of {length} cells: say more of them, or one for all")
-    yield waiting._replace(last=True)
-
-
-def _placed(prompts: Sequence[Any], length: int | None, multiple: int) -> Iterator[tuple[str, int | None]]:
-    """(prompt, cells that it holds for) of prompts with places."""
-    places: list[int] = []
-    for entry in prompts:
-        if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2:
-            raise ValueError(f"a prompt of the stream is {entry!r}, and must be words, or in all a place and words")
-        place, prompt = entry
-        if isinstance(place, float):
-            if length is None:
-                raise ValueError(f"the place {place:g} of {prompt!r} is a share, and the stream has no length: say one")
-            if not 0 <= place < 1:
-                raise ValueError(f"the place of {prompt!r} is {place:g}, and must be a share from 0 to below 1")
-            place = round(place * length / multiple) * multiple
-        place = whole(f"the place of {prompt!r}", place, 0, "cells")
-        if place % multiple:
-            raise ValueError(f"the place of {prompt!r} is {place} cells, and must be a multiple of {multiple}")
-        if places and place <= places[-1]:
-            raise ValueError(
-                f"the place of {prompt!r} is {place} cells, and must lie beyond the one before, {places[-1]}"
-            )
-        if length is not None and place >= length:
-            raise ValueError(
-                f"the place of {prompt!r} is {place} cells, and must lie within the {length} of the canvas"
-            )
-        places.append(place)
-    if places[0]:
-        raise ValueError(f"the first prompt begins at {places[0]} cells, and must begin at 0")
-    for (_, prompt), here, there in itertools.zip_longest(prompts, places, places[1:]):
-        yield prompt, None if there is None else there - here
 
 
 def stream(

@@ -12,7 +12,9 @@ PACK = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted(path.stem for path in (PACK / "example_workflows").glob("*.json"))
 NODES = ("AutoregressiveRollingDiffusionSampler", "AutoregressiveRollingDiffusionSamplerAdvanced",
          "FluxDevAutoRegressiveRollingDiffusionSampler", "RollingSampler", "LoadEmbeddedRollingModel",
-         "RollingPlanPreview")  # fmt: skip
+         "RollingPlanPreview", "RollingStream", "RollingExtend", "RollingPrompts")  # fmt: skip
+SIZES = {"rolling_tall_canvas": (256, 512), "rolling_stream": (768, 256), "rolling_extend": (384, 256),
+         "rolling_prompts": (512, 256)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,8 @@ def test_the_nodes_are_there_with_the_mandated_inputs(server):
         == server.get("/object_info/KSampler")["KSampler"]["input"]["required"]["sampler_name"][0]
     )
     for node in info.values():
-        for inputs in node["input"].values():
-            assert all(spec[1].get("tooltip") for spec in inputs.values() if len(spec) > 1)
+        for kind, inputs in node["input"].items():
+            assert kind == "hidden" or all(spec[1].get("tooltip") for spec in inputs.values() if len(spec) > 1)
 
 
 def test_help_pages_locales_and_workflows_are_served(server):
@@ -93,10 +95,9 @@ def test_example_workflows_end_with_a_picture(server, name):
     if name == "rolling_image_to_image":
         Image.new("RGB", (64, 48), (90, 140, 210)).save(server.base / "input" / "example.png")
     images = pictures(server, server.run(prompt))
-    assert len(images) == (2 if name == "rolling_custom_sampler" else 1)
+    assert len(images) == (2 if name in ("rolling_custom_sampler", "rolling_stream") else 1)
     assert all(len(image.convert("RGB").getcolors(1 << 24)) > 50 for image in images)
-    expected = {"rolling_tall_canvas": (256, 512)}.get(name, (256, 256))
-    assert expected in [image.size for image in images]
+    assert SIZES.get(name, (256, 256)) in [image.size for image in images]
 
 
 BAD = [  # the change, the input at fault, what is said of it
@@ -142,6 +143,67 @@ def test_values_that_do_not_go_together_are_one_error_before_anything_runs(serve
     [error] = [m[1] for m in entry["status"]["messages"] if m[0] == "execution_error"]
     assert error["node_id"] == number and error["exception_message"].strip().startswith(sentence)
     assert error["executed"] == []
+
+
+def queued(server, prompt, until, seconds=120):
+    """Queue it; its history entry, interrupted once `until` is true."""
+    import time
+
+    _, answer = server.post("/prompt", {"prompt": prompt})
+    for _ in range(seconds * 10):
+        if until is not None and until():
+            server.post("/interrupt", {})
+            until = None
+        history = server.get(f"/history/{answer['prompt_id']}")
+        if history:
+            return history[answer["prompt_id"]]
+        time.sleep(0.1)
+    raise TimeoutError(server.text()[-3000:])
+
+
+def test_a_cancelled_strip_goes_on(server):
+    """The slices that were written stay as they are; the rest follows, and what comes out is what would have been."""
+    prompt = workflow(server, "rolling_stream")
+    [node] = [n for n in prompt.values() if n["class_type"] == "RollingStream"]
+    node["inputs"].update(steps=3, length=1024, seed=99, filename_prefix="first/strip")
+    folder = server.base / "output" / "first"
+
+    def slices():
+        return sorted(folder.glob("*/*.png"))
+
+    entry = queued(server, prompt, until=lambda: len(slices()) > 1)
+    assert "execution_interrupted" in [message[0] for message in entry["status"]["messages"]]
+    written = {path: path.read_bytes() for path in slices()}
+    assert 1 < len(written) < 7
+    assert queued(server, prompt, None)["status"]["status_str"] == "success"
+    assert len(slices()) == 7 and all(path.read_bytes() == data for path, data in written.items())
+    assert "It goes on after" in server.text()
+    node["inputs"]["filename_prefix"] = "second/strip"
+    queued(server, prompt, None)
+    again = sorted((server.base / "output" / "second").glob("*/*.png"))
+    pictures = [[Image.open(path).convert("RGB").tobytes() for path in each] for each in (slices(), again)]
+    assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("encode", ["VAEEncodeForInpaint", "SetLatentNoiseMask"])
+def test_outpainting_as_comfyui_has_it(server, encode):
+    """Pad Image for Outpainting, either way to the mask, and our sampler: the picture stays, the log says its share."""
+    prompt = workflow(server, "rolling_image_to_image")
+    Image.new("RGB", (256, 256), (90, 140, 210)).save(server.base / "input" / "example.png")
+    one = {node["class_type"]: key for key, node in prompt.items()}
+    pad = {"image": [one["ImageScale"], 0], "left": 0, "top": 0, "right": 0, "bottom": 128, "feathering": 0}
+    prompt["pad"] = {"class_type": "ImagePadForOutpaint", "inputs": pad}
+    vae = prompt[one["VAEEncode"]]["inputs"]["vae"]
+    if encode == "VAEEncodeForInpaint":
+        inputs = {"pixels": ["pad", 0], "vae": vae, "mask": ["pad", 1], "grow_mask_by": 8}
+    else:
+        prompt[one["VAEEncode"]]["inputs"]["pixels"] = ["pad", 0]
+        inputs = {"samples": [one["VAEEncode"], 0], "mask": ["pad", 1]}
+    prompt["mask"] = {"class_type": encode, "inputs": inputs}
+    prompt[one[NODES[0]]]["inputs"].update(latent_image=["mask", 0], denoise=1.0, steps=3)
+    [image] = pictures(server, server.run(prompt))
+    assert image.size == (256, 384)
+    assert "of the picture: it is seen, and not computed." in server.text()
 
 
 def test_cancel_over_http(server):
