@@ -307,6 +307,7 @@ def test_what_a_mask_keeps_is_seen_as_it_is(host, sd):
         return apply(args["input"], args["timestep"], **args["c"])
 
     model.set_model_unet_function_wrapper(wrapper)
+    model.set_model_denoise_mask_function(lambda sigma, mask, extra_options: mask)  # so nothing is given beforehand
     settings = host.module("settings").Settings("top-to-bottom", 16, 8, draft=1)
     rolling = host.module("sampler").Rolling(comfy.samplers.sampler_object("euler"), settings)
     sampling = model.get_model_object("model_sampling")
