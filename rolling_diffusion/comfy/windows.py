@@ -219,7 +219,8 @@ class WindowDenoiser(Canvas):
         return executor(model, cropped, x, timestep, options, *a, **kw)
 
     def _within(self, cond: dict, window: Box, x: Tensor) -> dict | None:
-        box, area = window, (*x.shape[-2:], 0, 0)
+        rows, columns = x.shape[-2:]
+        box, area = window, (rows, columns, 0, 0)
         if "area" in cond:
             area = height, width, top, left = _plane(cond["area"])
             y, z = max(top, window[2]), max(left, window[3])
@@ -228,7 +229,7 @@ class WindowDenoiser(Canvas):
             if bottom <= y or right <= z:
                 return None
             box = (bottom - y, right - z, y, z)
-        out = {**cond, "area": box, "model_conds": self._told(cond, box, area, x.shape[-2:])}
+        out = {**cond, "area": box, "model_conds": self._told(cond, box, area)}
         if "gligen" in cond:
             raise ValueError(
                 "GLIGEN boxes are placed on the whole canvas and cannot be cropped to a window: remove the node, "
@@ -238,12 +239,12 @@ class WindowDenoiser(Canvas):
             out["control"] = self._control(cond["control"], box, x)
         return out
 
-    def _told(self, cond: dict, box: Box, area: Box, canvas: Sequence[int]) -> dict:
+    def _told(self, cond: dict, box: Box, area: Box) -> dict:
         """What the model is told of its picture: SDXL learnt where in it a crop begins, and is told where this does."""
         model, told = self.guider.inner_model, cond["model_conds"]
         if not isinstance(model, (comfy.model_base.SDXL, comfy.model_base.SDXLRefiner)) or "y" not in told:
             return told
-        y = told["y"].cond.clone()
+        y, canvas = told["y"].cond.clone(), self.noise.shape[-2:]
         for i, (axis, side) in enumerate((("h", "height"), ("w", "width"))):
             pixels = cond.get(f"target_{side}", cond.get(side, 8 * canvas[i]))
             crop = cond.get(f"crop_{axis}", 0) + (box[2 + i] - area[2 + i]) * pixels / canvas[i]
