@@ -221,23 +221,9 @@ COMPLETE = """
 
 
 @pytest.mark.parametrize("name", BLUEPRINTS)
-def test_a_blueprint_is_found_by_search_and_runs(page, name):
-    from selenium.webdriver import ActionChains, Keys
-
-    page.execute_script("window.app.graph.clear()")
-    if page.server.blueprints() is None:  # this ComfyUI lists none; its page reads them all the same
-        workflow = json.loads((PACK / "subgraphs" / f"{name}.json").read_text(encoding="utf-8"))
-        page.execute_async_script("window.app.loadGraphData(arguments[0]).then(arguments[1])", workflow)
-    else:
-        ActionChains(page).double_click(page.find_element("css selector", "canvas#graph-canvas")).perform()
-        time.sleep(2)
-        ActionChains(page).send_keys(name).perform()
-        time.sleep(2)
-        shot(page, f"search-{name}")
-        ActionChains(page).send_keys(Keys.ENTER).perform()
-        wait(page, "return window.app.graph._nodes.length === 1", 30)
-        canvas = page.find_element("css selector", "canvas#graph-canvas")
-        ActionChains(page).move_to_element(canvas).click().perform()  # where the page leaves it to be placed
+def test_a_blueprint_takes_any_model_and_runs(page, name):
+    workflow = json.loads((PACK / "subgraphs" / f"{name}.json").read_text(encoding="utf-8"))
+    page.execute_async_script("window.app.loadGraphData(arguments[0]).then(arguments[1])", workflow)
     steps = 20 if page.server.real else 2
     widgets = {"text": "a red house", "width": 128, "height": 256, "steps": steps, "cfg": 2.5, "seed": 1,
                "rolling_window_size": 16, "rolling_overlap": 8}  # fmt: skip
@@ -249,16 +235,3 @@ def test_a_blueprint_is_found_by_search_and_runs(page, name):
     page.execute_script("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     time.sleep(2)
     shot(page, name)
-
-
-def test_examples_are_found_in_the_template_browser(page):
-    page.execute_script("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    time.sleep(4)
-    shot(page, "templates")
-    page.execute_script("document.querySelectorAll('input[placeholder*=earch]').forEach(i => i.focus())")
-    from selenium.webdriver import ActionChains, Keys
-
-    ActionChains(page).send_keys("rolling").perform()
-    time.sleep(4)
-    shot(page, "templates-rolling")
-    ActionChains(page).send_keys(Keys.ESCAPE).perform()
