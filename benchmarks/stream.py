@@ -1,6 +1,6 @@
 """`python -m benchmarks.stream`: memory and time of long canvases, against short ones; writes benchmarks/stream.md.
 
-The command itself, with the embedded model and few steps: how many there are changes neither ratio.
+The command itself, with the embedded model, few steps and no guidance: neither ratio asks for more.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def command(length: int, folder: Path) -> None:
         add(output, start, pixels, state)
 
     growing.Output.add = kept
-    said = ["--length", str(length), "--across", str(ACROSS), "--steps", str(STEPS), "--device", "cpu"]
+    said = ["--length", str(length), "--across", str(ACROSS), "--steps", str(STEPS), "--cfg", "1", "--device", "cpu"]
     assert main(["stream", PROMPT, *said, "-o", str(folder / f"{length}.png")]) == 0
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
@@ -56,7 +56,7 @@ def timed(folder: Path, repeats: int) -> tuple[float, list[float]]:
 
     def one(number: int) -> None:
         state = load_file(folder / f"{number}.safetensors")
-        how = {"length": LONG, "height": ACROSS, "num_inference_steps": STEPS}
+        how = {"length": LONG, "height": ACROSS, "num_inference_steps": STEPS, "cfg": 1.0}
         next(rolling.stream(PROMPT, state=state, **how))
 
     return ratios(lambda: one(LATE), lambda: one(EARLY), repeats)
@@ -71,7 +71,7 @@ def run(repeats: int = 12) -> None:
     lines = [
         "# Streams",
         "",
-        f"Written by `python -m benchmarks.stream` ({where}). `stream`, {ACROSS} pixels across, {STEPS} steps.",
+        f"Written by `python -m benchmarks.stream` ({where}). `stream`, {ACROSS} pixels across, {STEPS} steps, cfg 1.",
         "",
         "| | ratio | target |",
         "| --- | --- | --- |",

@@ -16,7 +16,7 @@ from own_stream import start
 from PIL import Image
 
 from rolling_diffusion.cli import growing, main
-from rolling_diffusion.cli.files import read_record
+from rolling_diffusion.cli.files import HOST, read_record
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -264,6 +264,14 @@ def test_whatever_write_is_the_last_the_file_is_the_same(here, monkeypatch, name
             fill(folder / name, axis, backwards)
         assert content(folder / name) == content(here / "whole" / name), last
     assert last > 2 * len(STRIPS)
+
+
+def test_what_a_killed_run_was_writing_is_swept(here):
+    (here / "x").mkdir()
+    for name in ("settings.json", "0001.png", "state.safetensors"):
+        (here / "x" / f".{name}.{HOST}.99999999.part").write_bytes(b"half")
+    fill(here / "x", 0, False)
+    assert not list((here / "x").glob(".*")) and len(list((here / "x").iterdir())) == 6
 
 
 def test_a_pyramid_holds_means_and_tiles_in_a_big_tiff(here):

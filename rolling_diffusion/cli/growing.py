@@ -202,6 +202,7 @@ class Output:
 
     def check(self) -> None:
         """ValueError if something stands there that is no stream."""
+        sweep(self.home)
         if self.taken():
             try:
                 ours = isinstance(read_record(self.path).get("stream"), dict)
@@ -220,7 +221,6 @@ class Output:
 
         ValueError for an output of other settings, or where there is no room."""
         self.record, self.across, self.length = record, across, length
-        sweep(self.home)
         there = read_record(self.path) if self.taken() else None
         state: dict[str, Tensor] | None = None
         if self.state.exists():
