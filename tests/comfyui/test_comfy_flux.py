@@ -32,7 +32,7 @@ def probe(host, model, look, height=24, width=16, batch=1, cfg=3.0, latent=None,
 def denoiser(host, guider, options, noise, latent, order="top-to-bottom", multiple=2, persistence=1.0):
     rule = {"multiple": multiple, "persistence": persistence}
     plan = host.module("core.plan").make_plan(*noise.shape[-2:], 4, order=order, window=16, overlap=8, **rule)
-    out = host.module("flux").FluxDenoiser(guider, options, 3, noise, latent, plan=plan)
+    out = host.module("flux").FluxDenoiser(guider, options, 3, noise, latent, torch.tensor([1.0, 0.5, 0.0]), plan=plan)
     out.begin(noise)
     return out
 
