@@ -277,7 +277,7 @@ def bar_of(across: int, length: int, done: int) -> Any:
     class Bar(tqdm):
         @property
         def format_dict(self) -> Any:
-            known = super().format_dict
+            known: dict[str, Any] = dict(super().format_dict)
             rate = known["rate"] or (known["n"] - known["initial"]) / (known["elapsed"] or 1)
             return known | {"speed": f"{60 * rate * across / 1e6:.2f} Mpx/min"}
 

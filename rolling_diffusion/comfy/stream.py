@@ -188,18 +188,19 @@ def digest(said: Any) -> str:
 def settings_name(prompt: dict | None, node: str | None) -> str:
     """A name for all that a node is told, and the nodes that it hangs on; nothing where that is not known."""
     known: dict[str, str] = {}
+    graph = prompt or {}
 
     def name(node: str) -> str:
         if node not in known:
             told = {}
-            for key, value in prompt[node]["inputs"].items():
-                if isinstance(value, list) and len(value) == 2 and str(value[0]) in prompt:
+            for key, value in graph[node]["inputs"].items():
+                if isinstance(value, list) and len(value) == 2 and str(value[0]) in graph:
                     value = [name(str(value[0])), value[1]]
                 told[key] = value
-            known[node] = digest([prompt[node]["class_type"], told])
+            known[node] = digest([graph[node]["class_type"], told])
         return known[node]
 
-    return name(str(node)) if prompt and str(node) in prompt else ""
+    return name(str(node)) if str(node) in graph else ""
 
 
 def metadata(prompt: Any, extra: Any) -> PngInfo | None:

@@ -106,6 +106,8 @@ class Server:
             for name, kind in {**spec.get("required", {}), **spec.get("optional", {})}.items():
                 options = kind[1] if len(kind) > 1 else {}
                 if isinstance(kind[0], list) or kind[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                    if not values:  # an input that is newer than the workflow: the page takes its default
+                        continue
                     inputs[name] = values.pop(0)
                     if options.get("control_after_generate") or options.get("image_upload"):
                         values.pop(0)

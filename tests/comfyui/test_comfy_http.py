@@ -174,9 +174,10 @@ def test_a_cancelled_strip_goes_on(server):
     entry = queued(server, prompt, until=lambda: len(slices()) > 1)
     assert "execution_interrupted" in [message[0] for message in entry["status"]["messages"]]
     written = {path: path.read_bytes() for path in slices()}
-    assert 1 < len(written) < 7
+    assert len(written) > 1
     assert queued(server, prompt, None)["status"]["status_str"] == "success"
-    assert len(slices()) == 7 and all(path.read_bytes() == data for path, data in written.items())
+    assert len(slices()) > len(written) and all(path.read_bytes() == data for path, data in written.items())
+    assert sum(Image.open(path).width for path in slices()) == 1024
     assert "It goes on after" in server.text()
     node["inputs"]["filename_prefix"] = "second/strip"
     queued(server, prompt, None)
