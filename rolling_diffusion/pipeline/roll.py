@@ -435,7 +435,8 @@ class Rolling:
 
 def _is_place(prompt: Any) -> bool:
     """Is it (pixels, prompt)?"""
-    return not isinstance(prompt, str) and len(prompt) == 2 and not isinstance(prompt[0], float)
+    pair = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) == 2
+    return pair and not isinstance(prompt[0], float)
 
 
 def card_of(pipe: Any) -> Mapping[str, Any] | None:
