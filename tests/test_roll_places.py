@@ -135,6 +135,13 @@ def test_weights_change_softly_and_sum_to_one():
     assert boxed[1].nonzero().tolist() == [[y, x] for y in (0, 1) for x in (1, 2)]
 
 
+def test_a_part_thinner_than_the_change_is_drawn():
+    """Nowhere does its prompt weigh most."""
+    rolled = roll(pipeline())
+    drawn = call(rolled, prompt=[(0, "a red ball"), ((4, 4, 6, 6), "a boat")], **ROLL)
+    assert drawn.isfinite().all() and apart(drawn, call(rolled, **ROLL)) > 1e-6
+
+
 def test_with_a_guide_the_small_picture_has_the_same_places():
     places = Places([(0, "a"), (64, "b"), ((0, 0, 64, 32), "c")], "left-to-right", 0, 8, 2)
     assert places.on((4, 8), (8, 16)) == [(0.0, "a"), (0.5, "b"), ((0, 0, 32, 16), "c")]

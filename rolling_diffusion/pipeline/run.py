@@ -457,7 +457,11 @@ class Run:
         if self.weights is None:
             maps = self.places.maps(self.height, self.width)
             self.weights = maps.flatten(1).to(tokens.device)
-            owned = [(maps.argmax(0) == i).nonzero().amin(0) for i in range(len(maps))]
+            owners = maps.argmax(0)
+            own = [
+                m if (m := owners == i).any() else one == one.amax() for i, one in enumerate(maps)
+            ]  # thin parts own none
+            owned = [m.nonzero().amin(0) for m in own]
             each = self.places.tokens // len(maps)
             self.corners = torch.stack(owned).repeat_interleave(each, 0).to(tokens.device)
         seen = None
