@@ -20,7 +20,6 @@ from rolling_diffusion.cli.files import HOST, read_record
 
 tifffile = pytest.importorskip("tifffile")
 
-Image.MAX_IMAGE_PIXELS = None
 KILLS = int(os.environ.get("ROLLING_KILLS", "3"))  # 20 take minutes
 TINY = ("--across", "32", "--stretch", "32", "--steps", "2", "--device", "cpu")
 LONG = ("a red ball", "--length", "256", *TINY)
@@ -29,6 +28,7 @@ LONG = ("a red ball", "--length", "256", *TINY)
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     return tmp_path
 
 
