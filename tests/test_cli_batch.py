@@ -186,7 +186,7 @@ def test_killed_workers_and_a_killed_run_lose_nothing(tmp_path, expected, cluste
 def test_a_worker_that_hangs_is_replaced(tmp_path, expected, start):
     file, out = tmp_path / "prompts.csv", tmp_path / "out"
     file.write_text("prompt,seed\n" + "".join(f"{prompt},{seed}\n" for prompt, seed in expected))
-    run = start(file, "-o", out, "--workers", 2, "--timeout", 60)
+    run = start(file, "-o", out, "--workers", 2, "--timeout", 25)
     waited(lambda: pictures(out) or run.poll() is not None)
     waited(lambda: (found := processes("ray::Worker.draw", WORD)) and not found[0].suspend())
     code, errors = ended(run)

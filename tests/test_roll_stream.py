@@ -212,6 +212,16 @@ def pieces(family, pipe, way, cells, ends):
     return way.join(*found)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_follows_an_edge_takes_up_its_tone(way):
+    edge, pixels = torch.full((1, 3, 40, 40), 0.7), torch.full((1, 3, 48, 48), 0.5)
+    pixels = pixels.narrow(5 - way.axis, 0, 40)
+    out = way.matched(pixels, way.cut(edge, 0, 8))
+    line = (out.flip(way.axis) if way.backwards else out).movedim(way.axis, -1)[0, 0, 20]
+    assert len(line) == 40 and line[0] > 0.69 and line[31] < 0.51 and (line.diff() <= 0).all()
+    assert torch.equal(way.cut(out, 32, 40), torch.full_like(way.cut(out, 32, 40), 0.5))
+
+
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_pieces_of_the_embedded_decoder_are_the_whole(rolled, way):
     """Exact: what is left in 32 bits is the order in which a convolution of another width is summed up."""

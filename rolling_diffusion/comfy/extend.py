@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.growing import Along, stretches
+from ..core.growing import stretches
 from . import inputs, nodes
 from .growing import Growing, decoder, encoded
 from .settings import Settings
 
 AWAY = {"bottom": "top-to-bottom", "top": "bottom-to-top", "right": "left-to-right", "left": "right-to-left"}
 MORE = 256  # pixels beyond what is seen, for the encoder, whose cells hang on what is around them
-FADE = 32  # pixels over which the new part takes up the tone of the picture
 
 
 class RollingExtend(inputs.Early):
@@ -85,16 +84,5 @@ class RollingExtend(inputs.Early):
             before = way.last(way.join(before, new), seen // grow.cell)
             found.append(decode.add(new, each.last))
         grown = way.join(*found).narrow(5 - way.axis, 0, across)
-        edge = way.cut(grown, 0, grow.cell)
-        grown = matched(way.cut(grown, grow.cell, grow.cell + pixels), way.last(known, grow.cell) - edge, way)
+        grown = way.matched(way.cut(grown, 0, grow.cell + pixels), way.last(known, grow.cell))
         return way.join(known, grown).movedim(1, -1), {"samples": cells}
-
-
-def matched(new: Tensor, missed: Tensor, way: Along) -> Tensor:
-    """What follows an edge, in the edge's tone. new: (B, 3, height, width). missed: what the decoder lacks there."""
-    n, length = missed.shape[way.axis], new.shape[way.axis]
-    line = torch.nn.functional.pad(missed.mean(way.axis), (n, n), "replicate")
-    line = torch.nn.functional.avg_pool1d(line, 2 * n + 1, 1).unsqueeze(way.axis)
-    fade = (1 - (torch.arange(length) + 0.5) / FADE).clamp(0)
-    fade = (fade.flip(0) if way.backwards else fade).view([-1 if i == way.axis else 1 for i in range(4)])
-    return (new + line * fade).clamp(0, 1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .order import whole
 
 BLEND = 8  # cells over which two pieces are blended, where a decoder sees the whole canvas
+FADE = 32  # pixels over which what follows a picture takes up its tone
 
 
 class Stretch(NamedTuple):
@@ -108,6 +109,20 @@ class Along:
         length = x.shape[self.axis]
         return self.cut(x, max(0, length - count), length)
 
+    def ramp(self, values: Tensor) -> Tensor:
+        """A value for each place along the way, (length,), as a canvas."""
+        return (values.flip(0) if self.backwards else values).view([-1 if i == self.axis else 1 for i in range(4)])
+
+    def matched(self, pixels: Tensor, edge: Tensor) -> Tensor:
+        """What follows the edge of a picture, in its tone. pixels: from 0 to 1, that edge as it is decoded first, which
+        is left out; edge: as it is."""
+        n, length = edge.shape[self.axis], pixels.shape[self.axis]
+        missed = (edge - self.cut(pixels, 0, n)).mean(self.axis)
+        missed = nn.functional.pad(missed, (n, n), "replicate")
+        missed = nn.functional.avg_pool1d(missed, 2 * n + 1, 1).unsqueeze(self.axis)
+        fade = self.ramp((1 - (torch.arange(length - n) + 0.5) / FADE).clamp(0))
+        return (self.cut(pixels, n, length) + missed * fade).clamp(0, 1)
+
 
 def sight(layers: Iterable[Any] | None) -> int | None:
     """How many cells around it a pixel of a decoder of these layers depends on; None if on all of them, or if it cannot
@@ -181,7 +196,6 @@ class Decoder:
         if edge is None or not edge.shape[way.axis]:
             return pixels
         n = min(edge.shape[way.axis], pixels.shape[way.axis])
-        share = (torch.arange(n, device=pixels.device) + 0.5) / n
-        share = (share.flip(0) if way.backwards else share).view([-1 if i == way.axis else 1 for i in range(4)])
+        share = way.ramp((torch.arange(n, device=pixels.device) + 0.5) / n)
         mixed = torch.lerp(way.cut(edge.to(pixels), 0, n), way.cut(pixels, 0, n), share)
         return way.join(mixed, way.cut(pixels, n, pixels.shape[way.axis]))

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..core.order import route_of, whole
 from .decoding import Along
 
 ORDERS = {"right": "left-to-right", "left": "right-to-left", "bottom": "top-to-bottom", "top": "bottom-to-top"}
-FADE = 32  # pixels over which the new part takes up the tone of the picture
 
 
 def extend(
@@ -71,28 +71,14 @@ def extend(
         **size,
         **options,
     )
-    found = [strip.pixels for strip in strips]
-    new = np.concatenate(found[::-1] if route.backwards else found, axis)
-    # As if it grew to the right, and without what was drawn for the sake of whole tokens.
-    turned = _turned(new, axis, route.backwards)[:across, : cell + pixels]
-    old = _turned(known, axis, route.backwards)
-    new = _turned(_matched(turned, old[:, -cell:]), axis, route.backwards)
-    return Image.fromarray(np.concatenate([new, known] if route.backwards else [known, new], axis))
+    new = way.join(*(_tensor(strip.pixels) for strip in strips))
+    # Without what was drawn for the sake of whole tokens.
+    new = way.cut(new.narrow(5 - way.axis, 0, across), 0, cell + pixels)
+    new = way.matched(new, way.last(_tensor(known), cell))
+    added = (new[0].movedim(0, -1) * 255).round().to(torch.uint8).numpy()
+    return Image.fromarray(np.concatenate([added, known] if route.backwards else [known, added], axis))
 
 
-def _turned(pixels: np.ndarray, axis: int, backwards: bool) -> np.ndarray:
-    """To and from a picture that grows to the right."""
-    pixels = pixels[:, ::-1] if backwards and axis else pixels[::-1] if backwards else pixels
-    return pixels if axis else pixels.transpose(1, 0, 2)
-
-
-def _matched(new: np.ndarray, edge: np.ndarray) -> np.ndarray:
-    """What follows an edge, less the tone by which the decoder missed the edge. new: (rows, columns, 3), the decoded
-    edge first."""
-    n = edge.shape[1]
-    missed = (edge.astype(np.float32) - new[:, :n]).mean(1)
-    near = np.pad(missed, [(n, n), (0, 0)], "edge")
-    smooth = np.stack([near[i : i + len(missed)] for i in range(2 * n + 1)]).mean(0)
-    new = new[:, n:].astype(np.float32)
-    fade = np.clip(1 - (np.arange(new.shape[1]) + 0.5) / FADE, 0, 1)
-    return (new + smooth[:, None] * fade[:, None]).round().clip(0, 255).astype(np.uint8)
+def _tensor(pixels: np.ndarray) -> Tensor:
+    """(1, 3, height, width) from 0 to 1."""
+    return torch.from_numpy(pixels).movedim(-1, 0)[None] / 255

@@ -175,16 +175,6 @@ def test_a_picture_goes_on_and_stays_what_it_was(host, parts, side):
     assert latent["samples"].shape[-2:] == ((8 + 10, 12) if tall else (10, 10 + 10))
 
 
-def test_the_new_part_takes_up_the_tone_of_the_edge(host):
-    extend, growing = host.module("extend"), host.module("growing")
-    for order in ("left-to-right", "bottom-to-top"):
-        way = growing.way_of(order)
-        new, missed = torch.full((1, 3, 40, 40), 0.5), torch.full((1, 3, 40, 40), 0.2)
-        out = extend.matched(new, way.cut(missed, 0, 8), way)
-        line = way.cut(out, 0, 40)[0, 0, 20] if way.axis == 3 else out[0, 0, :, 20].flip(0)
-        assert line[0] > 0.69 and line[31] < 0.51 and (line.diff() <= 0).all()
-
-
 def test_one_prompt_is_clip_text_encode(host, parts):
     values = {"clip": parts["clip"], "autoregressive_order": "top-to-bottom", "width": 64, "height": 64, "blend": 16}
     one = host.run("RollingPrompts", prompts="a red house", **values)[0]
