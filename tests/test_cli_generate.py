@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -166,6 +167,25 @@ def test_a_mask_of_another_size_is_refused(capsys, tmp_path, monkeypatch):
     Image.new("L", (32, 32)).save("mask.png")
     error = refused(capsys, "a ball", "--image", "photo.png", "--mask", "mask.png")
     assert "--mask is of 32 × 32 pixels, and must be as large as --image, 64 × 32" in error
+
+
+@pytest.mark.parametrize(
+    "parts, words",
+    [
+        ('["a ball", 3]', ["parts.json: prompt 2 is 3"]),
+        ('[[true, "a ball"]]', ["the place of prompt 1 is true", "pixels, a share, or [left, top, right, bottom]"]),
+        ('[[0, "a ball"], [1.5, "a boat"]]', ["the place of 'a boat' is 1.5", "below 1.0"]),
+        ('[[0.5, "a ball"]]', ["leave a part of the canvas without one"]),
+        ('[[0, "a ball"], [[0, 0, 512, 8], "a boat"]]', ["(0, 0, 512, 8)", "within the canvas of 256 × 256"]),
+        ("[]", ["parts.json: prompts must be a list, with one at least"]),
+    ],
+)
+def test_prompts_of_parts_that_cannot_be_are_one_sentence(capsys, tmp_path, monkeypatch, parts, words):
+    monkeypatch.chdir(tmp_path)
+    Path("parts.json").write_text(parts)
+    error = refused(capsys, "--prompts", "parts.json")
+    assert all(word in error for word in words), error
+    assert "say one of them" in refused(capsys, "a ball", "--prompts", "parts.json")
 
 
 def test_settings_of_a_picture_need_a_prompt_too(capsys, tmp_path):

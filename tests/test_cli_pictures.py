@@ -14,7 +14,7 @@ from rolling_diffusion.appearing import PAPER, unveiled
 from rolling_diffusion.cli import animation, generate, main
 from rolling_diffusion.cli.files import read_record
 from rolling_diffusion.cli.main import make_parser
-from rolling_diffusion.cli.model import card_of, locate
+from rolling_diffusion.cli.model import card_of, load, locate
 from rolling_diffusion.core.plan import make_plan
 from rolling_diffusion.world.render import render
 from rolling_diffusion.world.scene import random_scene
@@ -64,6 +64,25 @@ def test_a_picture_can_be_made_again_from_itself(here, model, capsys):
     assert not np.array_equal(pixels("one.png"), pixels("three.png"))
     assert sorted(f.name for f in here.iterdir()) == ["one.png", "three.png", "two.png"]
     assert capsys.readouterr().out.split() == ["one.png", "two.png", "three.png"]
+
+
+def test_prompts_of_parts_are_the_librarys_and_are_said_again(here, model, capsys):
+    parts = [[0, "a red house"], [0.5, "a blue boat"], [[0, 32, 32, 64], "a red ball"]]
+    (here / "parts.json").write_text(json.dumps(parts))
+    (here / "lines.txt").write_text("a red house\n\na blue boat\n")
+    (here / "half.json").write_text(json.dumps(parts[:2]))
+    for name in ("parts.json", "lines.txt", "half.json"):
+        assert main(["generate", "--prompts", name, *TINY, "--model", model, "-o", f"{name}.png"]) == 0
+    assert np.array_equal(pixels("lines.txt.png"), pixels("half.json.png"))
+    pipe = load(model, "cpu", "auto")
+    said = [(tuple(place) if isinstance(place, list) else place, prompt) for place, prompt in parts]
+    how = {"width": 64, "height": 64, "num_inference_steps": 3, "generator": torch.Generator().manual_seed(0)}
+    image = pipe(said, **how).images[0]
+    assert np.abs(np.asarray(image).astype(int) - pixels("parts.json.png")).max() <= 1
+    assert main(["generate", "--from", "parts.json.png", "--model", model, "-o", "again.png"]) == 0
+    assert np.array_equal(pixels("again.png"), pixels("parts.json.png"))
+    assert main(["generate", "a red ball", "--from", "parts.json.png", "--model", model, "-o", "one.png"]) == 0
+    assert "prompts" not in read_record("one.png")["said"]
 
 
 def test_every_setting_is_in_the_picture_and_resolved(here, model):

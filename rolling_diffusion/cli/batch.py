@@ -24,7 +24,8 @@ from .prompts import PICTURES, read_lines
 from .workers import Cluster, Stopped, Task, namespace
 
 OF_MODEL = ("model", "variant", *MACHINE, "lora", "quantize")  # said for all pictures: a worker loads its model once
-OF_LINE = tuple(name for name in SETTINGS if name not in OF_MODEL)
+OF_ALL = tuple(name for name in SETTINGS if name != "prompts")  # here the lines' file has that name
+OF_LINE = tuple(name for name in OF_ALL if name not in OF_MODEL)
 NAME = re.compile(r"[0-9a-f]{32}\.png")
 MANIFESTS = ("jsonl", "parquet")
 MOST_SHOWN = 20  # errors of lines; the manifest has all
@@ -81,7 +82,7 @@ def run(values: argparse.Namespace) -> int:
 
 def said_for_all(values: argparse.Namespace) -> dict[str, Any]:
     """What the options say. Files are named in full: workers may run elsewhere."""
-    said = {name: value for name, value in vars(values).items() if name in SETTINGS and value is not None}
+    said = {name: value for name, value in vars(values).items() if name in OF_ALL and value is not None}
     for name in ("model", *PICTURES):
         if name in said and said[name] != EMBEDDED:
             said[name] = full(str(said[name]))
@@ -123,7 +124,7 @@ def name_of(said: Mapping[str, Any], identity: str) -> str:
 
     What is the machine's own is no part of it, but for a dtype that was asked for; nor is a default that was said.
     """
-    content = {name: value for name, value in said.items() if name in SETTINGS and value != DEFAULTS[name]}
+    content = {name: value for name, value in said.items() if name in OF_ALL and value != DEFAULTS[name]}
     content = {name: value for name, value in content.items() if name not in MACHINE or name == "dtype"}
     for name in PICTURES:
         if name in content:

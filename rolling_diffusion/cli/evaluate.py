@@ -74,10 +74,11 @@ def run(values: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..evaluation import MEMORY, STUDY, WAYS, OrderStudy, Work, ceiling, evaluate, order_study, order_table, table
+    from ..train.optimiser import halves
 
     rows = order_study(card, common, values.row or ()) if of_orders else []
     dtype = values.dtype
-    if dtype == "auto" and of_orders and device == "cpu" and has_bfloat16():
+    if dtype == "auto" and of_orders and device == "cpu" and halves(device):
         dtype = "bfloat16"
     pipeline = load(folder, device, dtype)
     dtype = str(pipeline.pipe.dtype).removeprefix("torch.")
@@ -140,22 +141,6 @@ def run(values: argparse.Namespace) -> int:
         about["seconds"] = round(time.perf_counter() - started, 1)
         print(f"\n{save_json(values.json, {**report, 'about': about})}")
     return 0
-
-
-def has_bfloat16() -> bool:
-    """Has this processor units for bfloat16? Measured: without them its products are slower than those of float32."""
-    import torch
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(512, 512, dtype=dtype)
-        times = []
-        for _ in range(6):
-            started = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    return 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
 
 
 def duration(seconds: float) -> str:

@@ -21,7 +21,7 @@ from .stream import NO_STREAM, bar_of, call_options, context_of, plan_of_stretch
 # In this order: what is added above and below is as wide as the picture has become.
 ORDERS = {"left": "right-to-left", "right": "left-to-right", "top": "bottom-to-top", "bottom": "top-to-bottom"}
 DEFAULTS: dict[str, Any] = {
-    **{name: value for name, value in OF_PICTURES.items() if name not in (*NO_STREAM, "order")},
+    **{name: value for name, value in OF_PICTURES.items() if name not in (*NO_STREAM, "order", "prompts")},
     "picture": None,
     **dict.fromkeys(ORDERS),
 }

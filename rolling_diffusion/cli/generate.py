@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..defaults import LAST_SEED, nearest_side
+from ..defaults import CELL, LAST_SEED, TOKEN, nearest_side
 from . import ranks
 from .animation import SUFFIXES, Film, check_mp4, save_animation
 from .arguments import Parser, decimal, name_in, whole_number
 from .files import check_apart, check_target, free, read_picture, save_json, save_png
 from .model import DTYPES, EMBEDDED, QUANTIZERS, card_of, device_named, load_said, locate, lora, resolved, warnings_of
+from .prompts import add_prompts, check_said, shared_out, take_prompts, texts_of
 from .replay import changed, record, replayed
 from .settings import GUIDE, PLAN_DEFAULTS, add_plan_options, check_room, complete, fitted, plan_of
 
@@ -35,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     **PLAN_DEFAULTS,
     "wrap": None,
     "prompt": None,
+    "prompts": None,
     "negative_prompt": "",
     "image": None,
     "mask": None,
@@ -55,7 +57,7 @@ SETTINGS = tuple(DEFAULTS)
 
 def add_options(parser: Parser) -> None:
     add = parser.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes")
+    add_prompts(parser, "the picture")
     add("-o", "--output", type=Path, metavar="FILE.png", help="(default: a free name, of the prompt and the seed)")
     add(
         "--from",
@@ -73,7 +75,7 @@ def add_options(parser: Parser) -> None:
 
 
 def add_drawing_options(parser: Parser) -> None:
-    """An option for each of SETTINGS, but for the prompt. All default to None."""
+    """An option for each of SETTINGS, but for prompts. All default to None."""
     add = parser.add_argument
     add("--image", type=Path, metavar="FILE", help="a picture to start from")
     add("--mask", type=Path, metavar="FILE", help="of that picture: white is drawn anew, black stays")
@@ -140,7 +142,7 @@ def draw_all(values: argparse.Namespace, job: Job) -> int:
         job = prepare(values, (job.folder, pipeline.card))
     settings = job.settings | resolved(pipeline, job.settings)
     if first:
-        for warning in warnings_of(pipeline, settings["prompt"], settings["negative_prompt"]):
+        for warning in warnings_of(pipeline, *texts_of(settings), settings["negative_prompt"]):
             print(f"warning: {warning}", file=sys.stderr)
         for note in notes(values, job, settings):
             print(f"note: {note}", file=sys.stderr)
@@ -197,14 +199,15 @@ def prepare(
     model: its folder and card, where they are known. outputs: where the caller names the files.
     """
     again = replayed(values.again, values, SETTINGS) if values.again else {}
+    again = take_prompts(values, again, rectangles=True)
     said = {name: value for name, value in vars(values).items() if name in SETTINGS and value is not None} | again
-    prompt, name, first = said.get("prompt", ""), said.get("model", EMBEDDED), said.get("seed", 0)
-    if not prompt.strip():
-        raise ValueError('a prompt is needed: rolling-diffusion generate "a red ball above a blue boat"')
-    check_text(prompt, said.get("negative_prompt", ""))
+    name, first = said.get("model", EMBEDDED), said.get("seed", 0)
+    check_said(said, 'rolling-diffusion generate "a red ball above a blue boat"')
+    texts = texts_of({"prompts": None, **said})
+    check_text(*texts, said.get("negative_prompt", ""))
     if first + values.batch - 1 > LAST_SEED:
         raise ValueError(f"--seed {first} leaves no seeds for --batch {values.batch}: the last one is {LAST_SEED}")
-    outputs = targets(values, prompt, first) if outputs is None else outputs
+    outputs = targets(values, " ".join(texts), first) if outputs is None else outputs
     image, mask = pictures_of(said)
     if image is not None:  # a side that is not said is its own, or the nearest that there is
         again = {"width": nearest_side(image.width), "height": nearest_side(image.height), **again}
@@ -214,6 +217,7 @@ def prepare(
     settings = complete(values, again, DEFAULTS, card)
     check_room(settings["width"], settings["height"])
     plan = plan_of(settings, card)
+    check_places(settings)
     settings = fitted(settings, plan, card) | {"device": ranks.own(device_named(values.device or "auto"))}
     return Job(settings, frozenset({*said, "seed"}), plan, card, folder, outputs, image, mask)
 
@@ -222,6 +226,15 @@ def check_text(*texts: str) -> None:
     """ValueError for bytes that are no text."""
     if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
         raise ValueError("the prompt holds bytes that are no text in this terminal's encoding: write it in UTF-8")
+
+
+def check_places(settings: dict[str, Any]) -> None:
+    """ValueError for prompts whose places cannot be on this canvas."""
+    if settings["prompts"]:
+        from ..pipeline.places import Places
+
+        places = Places(shared_out(settings["prompts"]), settings["order"], 0, CELL, TOKEN)
+        places.maps(settings["height"] // CELL, settings["width"] // CELL)
 
 
 def targets(values: argparse.Namespace, prompt: str, seed: int) -> list[Path]:
@@ -296,7 +309,7 @@ def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | Non
 
     with bar:
         images, *_ = pipeline(
-            prompt=settings["prompt"],
+            prompt=shared_out(settings["prompts"]) if settings["prompts"] else settings["prompt"],
             width=settings["width"],
             height=settings["height"],
             num_inference_steps=settings["steps"],

@@ -15,7 +15,42 @@ from .model import found
 
 SUFFIXES = (".jsonl", ".csv", ".txt")
 PICTURES = ("image", "mask")
-Prompts = list[str] | list[tuple[int | float, str]]
+Rectangle = tuple[int, int, int, int]  # left, top, right, bottom
+Prompts = list[str] | list[tuple[int | float | Rectangle, str]]
+
+
+def add_prompts(parser: Parser, of: str) -> None:
+    """PROMPT and --prompts. of: what --prompts hold for parts of."""
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes")
+    several = f"of parts of {of}: one a line (.txt), or a list with places (.json)"
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help=several)
+
+
+def take_prompts(values: argparse.Namespace, again: dict[str, Any], rectangles: bool = False) -> dict[str, Any]:
+    """`again`, what a picture records, less the prompts that were said otherwise; of `values`, the file is read."""
+    if values.prompts is not None and values.prompt is not None:
+        raise ValueError("PROMPT is for all of the canvas, and --prompts are for its parts: say one of them")
+    if isinstance(values.prompts, Path):
+        values.prompts = read_prompts(values.prompts, rectangles)
+    anew = {"prompt", "prompts"} if values.prompts is not None or values.prompt is not None else set()
+    return {name: value for name, value in again.items() if name not in anew}
+
+
+def check_said(said: Mapping[str, Any], example: str) -> None:
+    """ValueError without a prompt."""
+    if not said.get("prompts") and not said.get("prompt", "").strip():
+        raise ValueError(f"a prompt is needed: {example}")
+
+
+def texts_of(settings: Mapping[str, Any]) -> list[str]:
+    """Every prompt that is said, once."""
+    entries = settings["prompts"] or [settings["prompt"]]
+    return list(dict.fromkeys(entry if isinstance(entry, str) else entry[1] for entry in entries))
+
+
+def shared_out(prompts: Prompts) -> list[tuple[Any, str]]:
+    """Prompts with places: those without share the canvas evenly."""
+    return [(number / len(prompts), entry) if isinstance(entry, str) else entry for number, entry in enumerate(prompts)]
 
 
 def read_lines(path: Path, parser: Parser, names: Collection[str]) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
@@ -51,7 +86,7 @@ def read_lines(path: Path, parser: Parser, names: Collection[str]) -> Iterator[t
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
-def read_prompts(path: Path) -> Prompts:
+def read_prompts(path: Path, rectangles: bool = False) -> Prompts:
     """The prompts along a canvas, of a .txt, a prompt a line, or a .json, as `prompts_of` takes them; ValueError if
     they cannot be used."""
     suffix = path.suffix.lower()
@@ -71,13 +106,14 @@ def read_prompts(path: Path) -> Prompts:
         except (ValueError, RecursionError):
             raise ValueError(f"{path} is not valid JSON") from None
     try:
-        return prompts_of(entries)
+        return prompts_of(entries, rectangles)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def prompts_of(entries: Any) -> Prompts:
-    """Prompts, or pairs of a place and a prompt, a place being pixels or a share of the length; else ValueError."""
+def prompts_of(entries: Any, rectangles: bool = False) -> Prompts:
+    """Prompts, or pairs of a place and a prompt, a place being pixels or a share of the length, or, where there may be
+    rectangles, four pixels; else ValueError."""
     if not isinstance(entries, list) or not entries:
         raise ValueError("prompts must be a list, with one at least")
     placed = not isinstance(entries[0], str)
@@ -89,8 +125,11 @@ def prompts_of(entries: Any) -> Prompts:
                 '[PLACE, "words"]' if placed and number > 1 else '"words"' if number > 1 else "words, or [PLACE, words]"
             )
             raise ValueError(f"prompt {number} is {json.dumps(entry)[:60]}, and must be {kinds}")
-        if isinstance(place, bool) or not isinstance(place, (int, float)) or not math.isfinite(place):
-            raise ValueError(f"the place of prompt {number} is {json.dumps(place)[:60]}, and must be pixels or a share")
+        if rectangles and isinstance(place, list) and len(place) == 4 and all(type(n) is int for n in place):
+            place = tuple(place)
+        elif isinstance(place, bool) or not isinstance(place, (int, float)) or not math.isfinite(place):
+            kinds = "pixels, a share, or [left, top, right, bottom]" if rectangles else "pixels or a share"
+            raise ValueError(f"the place of prompt {number} is {json.dumps(place)[:60]}, and must be {kinds}")
         found.append((place, prompt) if placed else prompt)
     return found
 

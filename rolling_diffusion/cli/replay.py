@@ -91,7 +91,7 @@ def _checked(path: Path, name: str, value: Any, parser: Parser) -> Any:
         if name == "lora":
             return [(_found(path, option, file), strength) for file, strength in _loras(value)]
         if name == "prompts":
-            return prompts_of(value)
+            return prompts_of(value, rectangles=True)
         if action.type not in (None, Path):
             return action.type(str(value))  # pyright: ignore[reportCallIssue]
         if not isinstance(value, str):

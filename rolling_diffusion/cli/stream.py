@@ -15,7 +15,7 @@ from .arguments import Parser, fail, whole_number
 from .generate import DEFAULTS as OF_PICTURES
 from .generate import add_model_options, add_sampling_options, check_text, notes_of_defaults
 from .model import EMBEDDED, card_of, device_named, load_said, locate, resolved, warnings_of
-from .prompts import read_prompts
+from .prompts import add_prompts, check_said, shared_out, take_prompts, texts_of
 from .replay import record, replayed
 from .settings import add_plan_options, check_room, check_side, complete, fitted, plan_of
 
@@ -30,7 +30,6 @@ NO_STREAM = ("width", "height", "guide", "wrap", "image", "mask", "strength")
 DEFAULTS: dict[str, Any] = {
     **{name: value for name, value in OF_PICTURES.items() if name not in NO_STREAM},
     "order": "left-to-right",
-    "prompts": None,
     "length": None,
     "across": None,
     "stretch": None,
@@ -43,13 +42,7 @@ SETTINGS = tuple(DEFAULTS)
 
 def add_options(parser: Parser) -> None:
     add = parser.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="what to draw, in quotes: one for all of the canvas")
-    add(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="prompts along it: one a line (.txt), or a list with places (.json)",
-    )
+    add_prompts(parser, "the canvas")
     add("--length", type=whole_number(1), metavar="PIXELS", help="along the order (default: a stretch for each prompt)")
     add("--across", type=whole_number(1), metavar="PIXELS", help="across the order (default: the model's own)")
     add("-o", "--output", type=Path, metavar="OUT", required=True, help="a folder of slices, a .png or a .tif")
@@ -121,23 +114,16 @@ def prepare(values: argparse.Namespace, model: tuple[str, Card] | None = None) -
     """Refuses everything that can be, before the model is loaded. model: its folder and card, where they are known."""
     from .growing import PICTURES, open_output
 
-    if isinstance(values.prompts, Path):
-        values.prompts = read_prompts(values.prompts)
-    again = replayed(values.again, values, SETTINGS) if values.again else {}
+    again = take_prompts(values, replayed(values.again, values, SETTINGS) if values.again else {})
     is_file = values.output.suffix.lower() in PICTURES and not values.output.is_dir()
     for name, otherwise in {
-        "prompt": values.prompts is not None,
-        "prompts": values.prompt is not None,
         "slice": is_file,
         "pyramid": not is_file or values.output.suffix.lower() == ".png",
     }.items():
         if otherwise:
             again.pop(name, None)
     said = {name: value for name, value in vars(values).items() if name in SETTINGS and value is not None} | again
-    if "prompt" in said and "prompts" in said:
-        raise ValueError("PROMPT is for all of the canvas, and --prompts are along it: say one of them")
-    if not said.get("prompts") and not said.get("prompt", "").strip():
-        raise ValueError('a prompt is needed: rolling-diffusion stream "a red ball" --length 1024 -o strip.png')
+    check_said(said, 'rolling-diffusion stream "a red ball" --length 1024 -o strip.png')
     if model is None:
         model = (folder := locate(said.get("model", EMBEDDED))), card_of(folder)
     folder, card = model
@@ -159,12 +145,6 @@ def prepare(values: argparse.Namespace, model: tuple[str, Card] | None = None) -
     return Job(settings, frozenset({*said, "seed"}), plan, card, folder, prompts, ends_of(prompts, settings), output)
 
 
-def texts_of(settings: dict[str, Any]) -> list[str]:
-    """Every prompt that is said, once."""
-    entries = settings["prompts"] or [settings["prompt"]]
-    return list(dict.fromkeys(entry if isinstance(entry, str) else entry[1] for entry in entries))
-
-
 def along(settings: dict[str, Any]) -> tuple[Any, int]:
     """The prompts, as the library takes them, and the length of the canvas, in pixels.
 
@@ -181,11 +161,11 @@ def along(settings: dict[str, Any]) -> tuple[Any, int]:
             raise ValueError(
                 f"{len(prompts)} prompts go beyond a --length of {length} pixels: each takes {SIDE} at least"
             )
-        return [(number / len(prompts), prompt) for number, prompt in enumerate(prompts)], length
-    for place, prompt in prompts:
-        if isinstance(place, int) and place:
-            check_side(f"the place of {prompt!r}", place)
-    return [tuple(entry) for entry in prompts], length
+    else:
+        for place, prompt in prompts:
+            if isinstance(place, int) and place:
+                check_side(f"the place of {prompt!r}", place)
+    return shared_out(prompts), length
 
 
 def context_of(stretch: int) -> int:
