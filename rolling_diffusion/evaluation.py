@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,10 @@ class Work:
                 self.lines[entry["key"]] = entry
             except (ValueError, TypeError, KeyError):
                 raise ValueError(f"line {number} of {path} is not evaluate's: name another file for the work") from None
-        if end < len(whole):
+        rest, begins = whole[end:], b'{"key": "'
+        if rest and not (rest.startswith(begins) or begins.startswith(rest)):
+            raise ValueError(f"the end of {path} is not evaluate's: name another file for the work")
+        if rest:
             os.truncate(path, end)
 
     def key(self, prompts: Sequence[Prompt], first: int, options: Mapping[str, Any]) -> str:
@@ -228,7 +231,7 @@ def order_study(card: Card, common: Mapping[str, Any], only: Sequence[str] = ())
     steps = common.get("num_inference_steps", card.steps)
 
     def draft(share: float) -> int:
-        return min(round(share * steps), steps - 1)
+        return replace(card, draft=share).draft_steps(steps)
 
     quarter = {"draft": draft(0.25)}
     drafts = {draft(share): share in (0.1, 0.25, 0.5) for share in (0, 0.1, 0.25, 0.5, 0.75)}

@@ -252,6 +252,13 @@ def test_whatever_write_is_the_last_the_file_is_the_same(here, monkeypatch, name
     monkeypatch.setattr(os, "replace", counted(os.replace))
     monkeypatch.setattr(os, "fsync", counted(os.fsync))
     monkeypatch.setattr(growing.Canvas, "write", counted(growing.Canvas.write))
+    real = Path.unlink
+
+    def unlink(path, missing_ok=False):  # what is killed in it has done it
+        real(path, missing_ok=missing_ok)
+        counted(lambda: None)()
+
+    monkeypatch.setattr(Path, "unlink", unlink)
     for last in itertools.count():
         folder = here / str(last)
         folder.mkdir()
@@ -334,6 +341,53 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(here
     assert "goes on after" in capsys.readouterr().err
     assert (here / "one.png").read_bytes() == (here / "whole.png").read_bytes()
     assert sorted(file.name for file in here.iterdir()) == ["one.png", "whole.png"]
+
+
+def test_a_full_disk_is_one_sentence_while_the_state_is_written_too(here, capsys, monkeypatch):
+    real, left = Path.write_bytes, [2]
+
+    def write_bytes(path, content):
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(28, "No space left on device")
+        return real(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    assert "cannot write one.png: No space left on device" in refused(capsys, *LONG, "-o", "one.png", code=1)
+    assert main(["stream", *LONG, "-o", "one.png"]) == 0 and main(["stream", *LONG, "-o", "two.png"]) == 0
+    assert np.array_equal(pixels("one.png"), pixels("two.png"))
+
+
+def test_what_is_stopped_between_a_slice_and_its_state_leaves_no_wrong_slice(here, monkeypatch):
+    """Ctrl-C while the state is written."""
+    output = growing.open_output(here / "x", 1, False, 90, False)
+    output.begin({"said": {"seed": 1}, "fitted": {}, "machine": {}}, 37, sum(STRIPS))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(growing, "place", stop)
+    with pytest.raises(KeyboardInterrupt):
+        output.add(0, strips(1, False)[1], {"number": torch.tensor(1)})
+    monkeypatch.undo()
+    output.show()
+    assert [file.name for file in (here / "x").glob("*.png")] == ["0001.png"]
+
+
+def test_pixels_that_are_gone_are_not_taken_for_black(here, capsys, monkeypatch):
+    process = start(("stream", *LONG, "-o", "one.png"), here)
+    while not list(here.glob("one*/state*")):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    (here / "one.png.unfinished" / "pixels.raw").unlink()
+    assert "pixels.raw is gone, and is needed to go on" in refused(capsys, *LONG, "-o", "one.png")
+
+
+def test_a_length_beyond_all_disks_is_one_sentence(here, capsys):
+    length = str(16 * 10**15)
+    error = refused(capsys, "a ball", "--length", length, *TINY, "-o", "one.tif")
+    assert "MiB for the pixels alone" in error
 
 
 def test_a_disk_that_is_too_small_is_seen_before(here, capsys, monkeypatch):

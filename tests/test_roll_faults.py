@@ -26,6 +26,8 @@ def test_the_shift_of_noise_levels_stops_at_the_models_own_limit_when_a_larger_c
     limit = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     limit.set_timesteps(sigmas=np.linspace(1, 1 / 4, 4), mu=1.15)
     assert np.allclose(levels(pipe, arguments, **ROLL), limit.sigmas[:-1], atol=1e-6)
+    for said in ({"draft": 3}, {"lag": 2, "draft": 1}, {"order": "difficulty", "draft": 2}):  # fit 4 steps
+        assert levels(pipe, arguments, **ROLL | said)
     assert levels(pipe, arguments, lag=0)[-1] > 0.97  # the pipeline itself goes on: the picture becomes one step
     assert torch.equal(draw(roll(pipe), arguments, lag=0), draw(pipe, arguments))
     assert 3 < Flux2(None).most_shift({}) < 4

@@ -1,10 +1,12 @@
 """A guide: the whole picture drawn small, and enlarged in place of the draft."""
 
+import re
+
 import pytest
 import torch
 from tiny_families import TEXT_TO_IMAGE, apart, draw, make, picture
 
-from rolling_diffusion import Card, make_plan, plan_for, roll
+from rolling_diffusion import Block, Card, make_plan, plan_for, roll
 
 SMALL = Card(size=32, steps=4, window=16, overlap=8, native_tokens=48)  # of 192 on a canvas of 32 × 24
 
@@ -37,6 +39,47 @@ def test_a_picture_may_be_the_guide():
     drawn = draw(rolled, arguments, guide=picture())
     assert not torch.equal(drawn, draw(rolled, arguments, guide=picture(1)))
     assert not torch.equal(drawn, draw(rolled, arguments))
+
+
+@pytest.mark.parametrize("sampler", [None, "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("name", TEXT_TO_IMAGE)
+def test_the_steps_after_a_guide_take_all_of_its_noise(name, sampler):
+    """A model whose velocity is 1 everywhere moves whatever it is given by its noise level, in all steps together."""
+    pipe, arguments = make(name)
+    pipe.transformer.proj_out.register_forward_hook(lambda module, inputs, output: torch.ones_like(output))
+    rolled, ticks = roll(pipe, SMALL), []
+    noise = torch.randn(draw(pipe, arguments).shape, generator=torch.Generator().manual_seed(3))
+    said = {"sampler": sampler} if sampler else {}
+    own = noise.mT.unflatten(2, (16, 12)) if name == "Flux2Pipeline" else noise
+    drawn = draw(rolled, arguments, latents=own, guide=picture(), on_tick=ticks.append, **said)
+    pixels = pipe.image_processor.preprocess(picture(), arguments["height"], arguments["width"])
+    sigma = ticks[0].sigmas[0]
+    begun = rolled.family.encode(pipe, pixels).lerp(noise, sigma)
+    assert 0.2 < sigma < 0.98 and torch.allclose(drawn, begun - sigma, atol=1e-4)
+
+
+def test_an_own_order_of_blocks_and_a_stop_reach_the_guide():
+    pipe, arguments = make("FluxPipeline")
+    rolled = roll(pipe, SMALL)
+    own = [Block(i, top, 0, 8, 24) for i, top in enumerate(range(0, 32, 8))]
+    assert draw(rolled, arguments, order=own).isfinite().all()
+    seen = []
+
+    def stop(module, inputs, options):
+        seen.append(options["hidden_states"].shape[1])
+        pipe._interrupt = True
+
+    hook = pipe.transformer.register_forward_pre_hook(stop, with_kwargs=True)
+    draw(rolled, arguments)
+    hook.remove()
+    assert seen[0] == 48 and len(seen) == 3 and not vars(pipe).get("_interrupt")  # and what the first tick takes
+
+
+def test_places_of_prompts_are_refused_before_the_guide_is_drawn(rolled):
+    guided = roll(rolled.pipe, SMALL)
+    for place, words in [((0, 0, 64), "must be pixels (left"), ("abcd", "must be a share"), ((0, 0, 9999, 8), "9999")]:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            guided([(0.0, "a"), (place, "b")], height=256, width=256)
 
 
 def test_what_is_said_of_the_draft_or_the_lag_stands():

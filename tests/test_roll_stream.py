@@ -13,10 +13,11 @@ from PIL import Image
 from tiny_families import ROLL, WITH_CONTROL, draw, make
 
 from rolling_diffusion import plan_for, roll
+from rolling_diffusion.core.growing import AWAY
 from rolling_diffusion.core.order import Block
 from rolling_diffusion.pipeline import decoding
 from rolling_diffusion.pipeline.decoding import Along, Decoder, pixels_of
-from rolling_diffusion.pipeline.extend import ORDERS, extend
+from rolling_diffusion.pipeline.extend import extend
 from rolling_diffusion.pipeline.stream import stream, stretches
 
 WAYS = [Along(3, False), Along(3, True), Along(2, False), Along(2, True)]
@@ -57,15 +58,31 @@ def test_what_is_given_comes_out_bit_for_bit(name, way):
         (Image.new("RGB", (64, 64)), np.ones((2, 8, 8), bool), ["given_mask has the shape (2, 8, 8)"]),
         (torch.zeros(1, 16, 4, 8), np.ones((8, 8), bool), ["shape (1, 16, 4, 8)", "cells"]),
         (None, np.ones((8, 8), bool), ["given_mask says where", "given"]),
+        (Image.new("RGB", (64, 64)), np.zeros((64, 64), bool), ["no whole token of 16 × 16 pixels"]),
+        ("photo.png", np.ones((64, 64), bool), ["given is str", "must be a picture"]),
+        (torch.zeros(1, 4, 8, 8), np.ones((8, 8), bool), ["given has latents of shape"]),
+        (torch.zeros(3, 16, 8, 8), np.ones((8, 8), bool), ["given has latents of shape"]),
     ],
 )
 def test_what_cannot_be_given_is_one_sentence(rolled, given, mask, words):
-    if mask is not None and mask.shape == (8, 8):
+    if mask is not None and mask.shape in ((8, 8), (64, 64)):
         mask = mask.copy()
-        mask[4:] = False
+        mask[len(mask) // 2 :] = False
     with pytest.raises(ValueError) as error:
         rolled("a red ball", height=64, width=64, num_inference_steps=2, given=given, given_mask=mask)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+def test_pixels_are_the_picture(rolled):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    mask = np.zeros((64, 64), bool)
+    mask[:32] = True
+    said = {"height": 64, "width": 64, "num_inference_steps": 2, "given_mask": mask, "output_type": "latent"}
+    forms = picture, np.asarray(picture), np.asarray(picture, np.float32) / 255
+    one, *others = (
+        rolled("a ball", given=form, generator=torch.Generator().manual_seed(0), **said).images for form in forms
+    )
+    assert all(torch.allclose(one, other, atol=1e-5) for other in others)
 
 
 def test_cost_falls_with_what_is_given(rolled):
@@ -256,7 +273,7 @@ def test_a_decoder_that_normalises_is_blended_over_its_pieces():
 # Pictures carried on.
 
 
-@pytest.mark.parametrize("side", ORDERS)
+@pytest.mark.parametrize("side", AWAY)
 def test_a_picture_that_is_carried_on_keeps_its_own_pixels(rolled, side):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (75, 90, 3), dtype=np.uint8))
     wider = extend(rolled, picture, side, 21, "a red ball", stretch=32, context=32, num_inference_steps=2)
@@ -281,7 +298,7 @@ def test_seams_are_no_steeper_than_the_picture_elsewhere(rolled):
 @pytest.mark.parametrize(
     "side, pixels, size, words",
     [
-        ("up", 16, (64, 64), ["side is 'up'", "right, left, bottom, top"]),
+        ("up", 16, (64, 64), ["side is 'up'", "left, right, top, bottom"]),
         ("left", 0, (64, 64), ["pixels is 0", "at least 1"]),
         ("left", 16, (8, 64), ["the picture is 8 pixels", "16 at least"]),
     ],
@@ -290,3 +307,20 @@ def test_what_cannot_be_carried_on_is_one_sentence(rolled, side, pixels, size, w
     with pytest.raises(ValueError) as error:
         extend(rolled, Image.new("RGB", size), side, pixels, "a red ball")
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_prompts_without_end_end_with_the_length(rolled):
+    strips = list(rolled.stream(itertools.cycle(PROMPTS[:2]), height=32, length=96, **TINY))
+    assert sum(strip.pixels.shape[1] for strip in strips) == 96 and strips[-1].state is None
+
+
+def test_nothing_is_seen_of_the_stretch_before_where_none_is_asked_for(rolled):
+    ticks = []
+    strips = list(rolled.stream("a ball", height=32, length=96, context=0, on_tick=ticks.append, **TINY))
+    assert sum(strip.pixels.shape[1] for strip in strips) == 96 and ticks
+
+
+@pytest.mark.parametrize("name", ["wrap", "given", "guide", "generator", "output_type"])
+def test_what_a_single_canvas_takes_is_no_streams(rolled, name):
+    with pytest.raises(ValueError, match=f"{name} is of a single canvas"):
+        rolled.stream("a ball", height=32, length=96, **{name: "x"})

@@ -15,9 +15,9 @@ pytest.importorskip("fastapi")
 from own_serve import Server, hosted  # noqa: E402
 
 from rolling_diffusion.cli import main  # noqa: E402
-from rolling_diffusion.cli.serve import is_loopback  # noqa: E402
 from rolling_diffusion.serve import Studio, make_app  # noqa: E402
 from rolling_diffusion.serve.fields import Generation  # noqa: E402
+from rolling_diffusion.serve.guard import is_loopback  # noqa: E402
 
 KEY = "sk-very-secret-4711"
 GOOD = {"prompt": "a red ball", "size": "32x32", "steps": 1}

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..recording import MACHINE
 from .arguments import Parser, decimal, fail, name_in, whole_number
-from .files import check_target, is_whole_png, make_folder, put, read_record, save_json_lines, sweep
+from .files import check_apart, check_target, is_whole_png, make_folder, put, read_record, save_json_lines, sweep
 from .generate import DEFAULTS, SETTINGS, add_drawing_options, prepare
 from .model import EMBEDDED, EMBEDDED_FOLDER, found, full, read_index
 from .prompts import PICTURES, read_lines
@@ -55,6 +55,8 @@ def run(values: argparse.Namespace) -> int:
     out = values.output.resolve()
     manifest = out / f"manifest.{values.manifest}"
     check_target(manifest)
+    for kind in MANIFESTS:  # the one that is written, and the other one, which goes
+        check_apart({"PROMPTS": values.prompts, "the manifest": out / f"manifest.{kind}"})
     there = pictures_in(out)
     wanted = {task.name: task for task in reversed(tasks)}  # of lines that say the same, the first
     todo = [task for task in tasks if wanted[task.name] is task and task.name not in there]

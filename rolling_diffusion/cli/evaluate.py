@@ -64,6 +64,10 @@ def run(values: argparse.Namespace) -> int:
     common = {name: getattr(values, name) for name in ("cfg", "draft", "width", "height")}
     common["num_inference_steps"] = values.steps
     common = {name: value for name, value in common.items() if value is not None}
+    if values.strip and values.ceiling:
+        raise ValueError("--strip and --ceiling are two evaluations: say one of them")
+    if (values.strip or values.ceiling) and (values.work or values.study):
+        raise ValueError("--work and --study are not of --strip and --ceiling: leave them out")
     for side in common.keys() & {"width", "height"}:
         check_side(f"--{side}", common[side])
     count = values.prompts or (480 if of_orders else 240)
@@ -91,7 +95,10 @@ def run(values: argparse.Namespace) -> int:
             print(save_json(values.json, report))
         return 0
     if values.ceiling:
-        print(table(ceiling(pipeline.pipe, count, values.seed, batch=values.batch)))
+        report = ceiling(pipeline.pipe, count, values.seed, batch=values.batch)
+        print(table(report))
+        if values.json:
+            print(save_json(values.json, report))
         return 0
     # What a verdict depends on: the model, and the numbers that it is computed in.
     work = Work(values.work, {"model": identity_of(values.model), "dtype": dtype} if values.work else {})

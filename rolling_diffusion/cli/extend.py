@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..core.growing import AWAY  # left and right first: what is added above and below is as wide as it becomes
 from ..core.order import route_of
 from ..defaults import SIDE
 from .arguments import Parser, whole_number
@@ -18,12 +19,10 @@ from .replay import record
 from .settings import add_plan_options, check_room, complete, fitted
 from .stream import NO_STREAM, bar_of, call_options, context_of, plan_of_stretch, teller
 
-# In this order: what is added above and below is as wide as the picture has become.
-ORDERS = {"left": "right-to-left", "right": "left-to-right", "top": "bottom-to-top", "bottom": "top-to-bottom"}
 DEFAULTS: dict[str, Any] = {
     **{name: value for name, value in OF_PICTURES.items() if name not in (*NO_STREAM, "order", "prompts")},
     "picture": None,
-    **dict.fromkeys(ORDERS),
+    **dict.fromkeys(AWAY),
 }
 SETTINGS = tuple(DEFAULTS)
 
@@ -32,7 +31,7 @@ def add_options(parser: Parser) -> None:
     add = parser.add_argument
     add("picture", type=Path, metavar="PICTURE", help="to carry on; its own pixels stay as they are")
     add("prompt", metavar="PROMPT", help="what to draw beyond it, in quotes")
-    for side in ORDERS:
+    for side in AWAY:
         add(f"--{side}", type=whole_number(1), metavar="PIXELS", help="to add there")
     add("-o", "--output", type=Path, metavar="FILE.png", help="(default: a free name, of the picture)")
     add_sampling_options(parser)
@@ -42,7 +41,7 @@ def add_options(parser: Parser) -> None:
 
 def run(values: argparse.Namespace) -> int:
     said = {name for name in SETTINGS if getattr(values, name, None) is not None}
-    sides = {side: getattr(values, side) for side in ORDERS if side in said}
+    sides = {side: getattr(values, side) for side in AWAY if side in said}
     if not sides:
         raise ValueError("a side is needed: --right 256, or --left, --top or --bottom")
     if not values.prompt.strip():
@@ -76,7 +75,7 @@ def settled(values: argparse.Namespace, size: tuple[int, int], sides: dict[str, 
     width, height = size
     settings = found
     for side, pixels in sides.items():
-        route = route_of(ORDERS[side])
+        route = route_of(AWAY[side])
         along, across = (height, width) if route.axis == "rows" else (width, height)
         if along < SIDE:
             raise ValueError(f"PICTURE is of {width} × {height} pixels, and must be of {SIDE} at least each way")
@@ -85,7 +84,7 @@ def settled(values: argparse.Namespace, size: tuple[int, int], sides: dict[str, 
             "stretch": stretch,
             "context": context_of(stretch),
         }
-        plan = plan_of_stretch(found | sizes | {"order": ORDERS[side]}, card, route)
+        plan = plan_of_stretch(found | sizes | {"order": AWAY[side]}, card, route)
         settings = fitted(found, plan, card)
         width, height = (width, height + pixels) if route.axis == "rows" else (width + pixels, height)
     return settings | {"device": device_named(values.device or "auto")}

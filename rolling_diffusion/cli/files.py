@@ -216,10 +216,14 @@ def read_picture(path: Path, option: str, mode: str) -> Image.Image:
 
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert(mode)
+            picture = ImageOps.exif_transpose(image)
+            clear = mode == "RGB" and picture.has_transparency_data
+            if not clear or picture.convert("RGBA").getchannel("A").getextrema()[0] == 255:
+                return picture.convert(mode)
     except FileNotFoundError:
         raise ValueError(f"{option} {path}: there is no such file") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{option} {path} has too many pixels: take a smaller picture") from None
     except Exception:
         raise ValueError(f"{option} {path} is not a picture that can be read") from None
+    raise ValueError(f"{option} {path} has transparent parts, and what is drawn has none: lay it on a background first")

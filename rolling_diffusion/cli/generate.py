@@ -259,7 +259,8 @@ def targets(values: argparse.Namespace, prompt: str, seed: int) -> list[Path]:
     if values.report:
         check_target(values.report)
     pictures = {f"picture {number}" if values.batch > 1 else "--output": p for number, p in enumerate(outputs, 1)}
-    check_apart({**pictures, "--animation": values.animation, "--report": values.report})
+    file = getattr(values, "prompts_file", None)
+    check_apart({"--prompts": file, **pictures, "--animation": values.animation, "--report": values.report})
     return outputs
 
 

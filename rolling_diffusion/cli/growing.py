@@ -238,7 +238,8 @@ class Output:
             self.same(kept, self.home)
         if there is not None:
             self.same(there, self.path)
-            if state is None and there["stream"]["written"] == length:
+            if there["stream"]["written"] == length:  # whole, in its place
+                self.clear()
                 return None, True
         self.open(state)
         return state, False
@@ -262,27 +263,31 @@ class Output:
         free = shutil.disk_usage(self.home).free
         if needed > free:
             raise ValueError(
-                f"{self.home} needs {needed / 2**20:,.0f} MiB for the pixels alone, and its disk has "
+                f"{self.home} needs {needed // 2**20:,} MiB for the pixels alone, and its disk has "
                 f"{free / 2**20:,.0f} MiB: take another one, or a smaller --length"
             )
 
     def add(self, start: int, pixels: np.ndarray, state: Mapping[str, Tensor] | None) -> None:
         """Writes a strip that begins `start` pixels along the order, then the state after it; None: it was the last."""
         import torch
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         self.put(start, pixels)
         written = start + pixels.shape[self.axis]
         tensors = {**(state or {"written": torch.tensor(written)}), **self.rest()}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         metadata = {KEY: json.dumps(self.told(written))}
-        place(self.state, lambda part: save_file(tensors, part, metadata))
+        place(self.state, lambda part: part.write_bytes(save(tensors, metadata)))  # save_file raises no OSError
         self.written = written
 
     def finish(self) -> None:
         """Everything in its final form, and nothing else left."""
         self.show()
         self.close()
+        self.clear()
+
+    def clear(self) -> None:
+        """What was needed to go on goes."""
         for path in self.leftovers():
             path.unlink(missing_ok=True)
         if self.home != self.path:
@@ -337,10 +342,13 @@ class Picture(Output):
     def open(self, state: Mapping[str, Tensor] | None) -> None:
         if not self.tiff and max(self.across, self.length) > MOST_PNG:
             raise ValueError(f"a PNG has at most {MOST_PNG:,} pixels a side: take a .tif or a folder")
+        pixels = self.home / "pixels.raw"
+        if state is not None and not pixels.exists():
+            raise ValueError(f"{pixels} is gone, and is needed to go on with {self.path}: {ELSE}")
         self.home.mkdir(exist_ok=True)
         self.room(3 * self.across * (self.length - self.written))
         size = (self.length, self.across) if self.axis == 0 else (self.across, self.length)
-        self.canvas = Canvas(self.home / "pixels.raw", *size)
+        self.canvas = Canvas(pixels, *size)
 
     def put(self, start: int, pixels: np.ndarray) -> None:
         first = self.length - start - pixels.shape[self.axis] if self.backwards else start
@@ -373,6 +381,7 @@ class Slices(Output):
         super().__init__(path, path, axis, backwards)
         self.size = size
         self.pending: np.ndarray | None = None  # pixels that are no slice yet
+        self.first = 0  # pixels along the order before them
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file: name a folder, or a file that ends in {', '.join(PICTURES)}")
         self.check()
@@ -381,6 +390,7 @@ class Slices(Output):
         self.path.mkdir(parents=True, exist_ok=True)
         if state is not None and "pending" in state:
             self.pending = state["pending"].numpy()
+            self.first = self.written - self.pending.shape[self.axis]
         if state is None:
             self.settings(0)
 
@@ -395,7 +405,7 @@ class Slices(Output):
         while pixels.shape[self.axis] >= self.size:
             self.save(first, self.cut(pixels, 0, self.size))
             pixels, first = self.cut(pixels, self.size, pixels.shape[self.axis]), first + self.size
-        self.pending = pixels
+        self.pending, self.first = pixels, first
 
     def cut(self, pixels: np.ndarray, start: int, stop: int) -> np.ndarray:
         n = pixels.shape[self.axis]
@@ -418,7 +428,7 @@ class Slices(Output):
 
     def show(self) -> None:
         if self.pending is not None and self.pending.shape[self.axis]:
-            self.save(self.written - self.pending.shape[self.axis], self.pending)
+            self.save(self.first, self.pending)
         self.settings(self.written)
 
 

@@ -97,7 +97,9 @@ def read_index(index: Path) -> dict[str, Any]:
     """What a model_index.json holds: the parts of a model, and perhaps its card."""
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        raise ValueError(f"cannot read {index}: {error.strerror}") from None
+    except (ValueError, RecursionError):
         raise ValueError(f"{index} is not valid JSON") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{index} must hold an object that names the parts of the model")
@@ -202,6 +204,10 @@ def load(folder: str, device: str, dtype: str, **options: Any) -> Rolling:
 
 def load_said(folder: str, said: Mapping[str, Any], start: str | None = None) -> Rolling:
     """The same, as the options of a model say it. start: what pictures start from, as `pipeline.load` names it."""
+    files = [name for name, _ in said["lora"] or ()]
+    twice = next((name for name in files if files.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--lora {twice} is said twice: say it once, with the strength that it is to have")
     return load(
         folder,
         device_named(said["device"] or "auto"),

@@ -31,6 +31,7 @@ def take_prompts(values: argparse.Namespace, again: dict[str, Any], rectangles: 
     if values.prompts is not None and values.prompt is not None:
         raise ValueError("PROMPT is for all of the canvas, and --prompts are for its parts: say one of them")
     if isinstance(values.prompts, Path):
+        values.prompts_file = values.prompts
         values.prompts = read_prompts(values.prompts, rectangles)
     anew = {"prompt", "prompts"} if values.prompts is not None or values.prompt is not None else set()
     return {name: value for name, value in again.items() if name not in anew}
@@ -62,7 +63,7 @@ def read_lines(path: Path, parser: Parser, names: Collection[str]) -> Iterator[t
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    options = {action.dest: action.type for action in parser._actions}
+    options = {a.dest: a.type for a in parser._actions if a.option_strings and a.dest != "help"}
     entries = {".jsonl": _objects, ".csv": _table, ".txt": _texts}[suffix]
     try:
         # What is no UTF-8 is kept, so that the line it stands in can be named, and the others drawn.
@@ -127,7 +128,7 @@ def prompts_of(entries: Any, rectangles: bool = False) -> Prompts:
             raise ValueError(f"prompt {number} is {json.dumps(entry)[:60]}, and must be {kinds}")
         if rectangles and isinstance(place, list) and len(place) == 4 and all(type(n) is int for n in place):
             place = tuple(place)
-        elif isinstance(place, bool) or not isinstance(place, (int, float)) or not math.isfinite(place):
+        elif isinstance(place, bool) or not isinstance(place, (int, float)) or place != place or abs(place) == math.inf:
             kinds = "pixels, a share, or [left, top, right, bottom]" if rectangles else "pixels or a share"
             raise ValueError(f"the place of prompt {number} is {json.dumps(place)[:60]}, and must be {kinds}")
         found.append((place, prompt) if placed else prompt)

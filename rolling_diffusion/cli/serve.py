@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging.config
 import os
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import Parser, needs, whole_number
+from .files import check_target
 from .generate import add_model_options
 from .model import EMBEDDED, base_name, card_of, full, load_said, locate, quiet
 from .replay import shown
@@ -34,7 +34,12 @@ def add_options(parser: Parser) -> None:
     add("--replicas", type=whole_number(1), metavar="N", help="models that draw at a time, on Ray Serve, a GPU each")
     add("--queue", type=whole_number(1), default=32, metavar="N", help="requests that may stand in line (default: 32)")
     add("--max-n", type=whole_number(1), metavar="N", help="pictures of one request (default: 10)")
-    add("--max-steps", type=whole_number(1), metavar="N", help="steps of one picture (default: 100)")
+    add(
+        "--max-steps",
+        type=whole_number(1),
+        metavar="N",
+        help="of one picture (default: 100, or twice the model's)",
+    )
     add("--max-pixels", type=whole_number(256), metavar="N", help="of one picture (default: four times the model's)")
     add("--max-calls", type=whole_number(1), metavar="N", help="of the model, for one picture (default: 1000)")
     add_model_options(parser)
@@ -48,13 +53,17 @@ def run(values: argparse.Namespace) -> int:
         import uvicorn
     except ImportError:
         raise ValueError(needs("serve", "serve")) from None
+    from ..serve.guard import is_loopback
+
     key = values.api_key if values.api_key is not None else os.environ.get(KEY)
-    if key is not None and not key.strip():
+    if key is not None and not (key := key.strip()):
         raise ValueError("the key is empty: name one, or leave --api-key out")
     if key is None and not is_loopback(values.host):
         raise ValueError(f"--host {values.host} is open to others: give an --api-key, or leave --host out")
-    if values.output is not None and not values.output.is_dir():
-        raise ValueError(f"--output {values.output}: there is no such folder")
+    if values.output is not None:
+        if not values.output.is_dir():
+            raise ValueError(f"--output {values.output}: there is no such folder")
+        check_target(values.output / "picture.png")
     folder = locate(values.model or EMBEDDED)
     card_of(folder)  # refuses a card that is wrong before the model is loaded
     with listen(values.host, values.port) as listener:
@@ -91,8 +100,6 @@ def serve_replicas(values: argparse.Namespace, key: str | None, folder: str, hos
     """The same application in several processes, behind Ray Serve's proxy."""
     from .replicas import served
 
-    if values.device not in (None, "auto", "cpu", "cuda"):
-        raise ValueError(f"--device {values.device} names one device, and replicas take one each: say cuda, or cpu")
     names = ("model", "queue", "max_n", "max_steps", "max_pixels", "max_calls", *OF_MODEL)  # not how to run it
     said = argparse.Namespace(**{name: getattr(values, name) for name in names})
     said.output = None if values.output is None else values.output.resolve()
@@ -115,16 +122,6 @@ def wait_for_the_end() -> None:
         signal.signal(name, lambda *_: told.set())
     while not told.wait(1):  # a wait without an end would hear no signal on Windows
         pass
-
-
-def is_loopback(host: str) -> bool:
-    """Whether nobody else can reach it."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.order import ROUTES, Block, Route, route_of
+from ..core.order import STRAIGHT, Block, Route, route_of
 from ..defaults import CELL, SIDE, TOKEN
 from .arguments import Parser, fail, whole_number
 from .generate import DEFAULTS as OF_PICTURES
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from ..pipeline import Rolling, Tick
     from .growing import Output
 
-STRAIGHT = tuple(name for name, route in ROUTES.items() if route.axis != "tiles")
 NO_STREAM = ("width", "height", "guide", "wrap", "image", "mask", "strength")
 DEFAULTS: dict[str, Any] = {
     **{name: value for name, value in OF_PICTURES.items() if name not in NO_STREAM},
@@ -61,7 +61,7 @@ def add_options(parser: Parser) -> None:
 class Job:
     """What is to be done, all of it checked. settings: every number; said: the names of those that the user said.
 
-    prompts: as the library takes them; ends: pixels along the order at which each stretch ends."""
+    prompts: as the library takes them."""
 
     settings: dict[str, Any]
     said: frozenset[str]
@@ -69,7 +69,6 @@ class Job:
     card: Card
     folder: str
     prompts: Any
-    ends: Sequence[int]
     output: Output
 
 
@@ -142,7 +141,8 @@ def prepare(values: argparse.Namespace, model: tuple[str, Card] | None = None) -
     check_room(settings["across"], settings["stretch"] + settings["context"], "take a smaller --across or --stretch")
     plan = plan_of_stretch(settings, card, route)
     settings = fitted(settings, plan, card) | {"device": device_named(values.device or "auto")}
-    return Job(settings, frozenset({*said, "seed"}), plan, card, folder, prompts, ends_of(prompts, settings), output)
+    next(ends_of(prompts, settings))  # refuses places that cannot be
+    return Job(settings, frozenset({*said, "seed"}), plan, card, folder, prompts, output)
 
 
 def along(settings: dict[str, Any]) -> tuple[Any, int]:
@@ -173,14 +173,14 @@ def context_of(stretch: int) -> int:
     return max(SIDE, stretch // 2 // SIDE * SIDE)
 
 
-def ends_of(prompts: Any, settings: dict[str, Any]) -> list[int]:
+def ends_of(prompts: Any, settings: dict[str, Any]) -> Iterator[int]:
     """Pixels at which each stretch ends; ValueError for prompts out of order or beyond the canvas."""
     from ..pipeline.stream import stretches
 
     if isinstance(prompts, list) and not isinstance(prompts[0], str):
         prompts = [(place // CELL if isinstance(place, int) else place, prompt) for place, prompt in prompts]
     parts = stretches(prompts, settings["length"] // CELL, settings["stretch"] // CELL, TOKEN)
-    return [CELL * (part.start + part.length) for part in parts]
+    return (CELL * (part.start + part.length) for part in parts)
 
 
 def plan_of_stretch(settings: dict[str, Any], card: Card, route: Route) -> Plan:
@@ -211,7 +211,7 @@ def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, state: Any) -> N
             context=settings["context"],
             seed=settings["seed"],
             state=state,
-            on_tick=teller(bar, job.ends, done),
+            on_tick=teller(bar, ends_of(job.prompts, settings), done),
             **options,
         )
         for strip in strips:
@@ -238,14 +238,17 @@ def call_options(pipeline: Rolling, settings: dict[str, Any], said: frozenset[st
     }
 
 
-def teller(bar: Any, ends: Sequence[int], done: int = 0) -> Callable[[Tick], None]:
+def teller(bar: Any, ends: Iterable[int], done: int = 0) -> Callable[[Tick], None]:
     """Moves a bar to where a stretch ends, in as many steps as it has ticks. done: stretches before."""
+    spans = itertools.islice(itertools.pairwise(itertools.chain([0], ends)), done, None)
+    span = None
 
     def on_tick(tick: Tick) -> None:
-        nonlocal done
-        start, stop = ends[done - 1] if done else 0, ends[done]
+        nonlocal span
+        start, stop = span = span or next(spans)
         bar.update(max(0, start + (stop - start) * (tick.number + 1) // tick.total - bar.n))
-        done += tick.number + 1 == tick.total
+        if tick.number + 1 == tick.total:
+            span = None
 
     return on_tick
 

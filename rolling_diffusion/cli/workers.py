@@ -155,6 +155,8 @@ class Cluster:
         import torch
 
         local = address is None
+        if ":" in (device or ""):
+            raise ValueError(f"--device {device} names one device, and workers take one each: say cuda, or cpu")
         settle(local)
         if address is not None and address.startswith("ray://"):
             raise ValueError(f"--ray-address {address} is of Ray's client: run batch on a machine of the cluster")
@@ -172,6 +174,11 @@ class Cluster:
             if local and self.gpus > there:
                 raise ValueError(f"--gpus-per-worker is {self.gpus:g}, and this machine has {there:g} GPUs")
             self.count = workers or max(1, int(there / self.gpus) if self.gpus else 1)
+            if local and self.count * self.gpus > there:
+                raise ValueError(
+                    f"{self.count} workers of {self.gpus:g} GPUs each are more than this machine's {there:g}: take "
+                    f"{int(there / self.gpus)}, or --device cpu"
+                )
             self.cpus = cpus or (max(1, torch.get_num_threads() // self.count) if local else 1)
             if local:
                 self.ray.init(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.growing import stretches
+from ..core.growing import AWAY, stretches
 from . import inputs, nodes
 from .growing import Growing, decoder, encoded
 from .settings import Settings
 
-AWAY = {"bottom": "top-to-bottom", "top": "bottom-to-top", "right": "left-to-right", "left": "right-to-left"}
 MORE = 256  # pixels beyond what is seen, for the encoder, whose cells hang on what is around them
 
 
@@ -36,7 +35,7 @@ class RollingExtend(inputs.Early):
                 "model": nodes.SOCKETS["model"],
                 "positive": inputs.lazy("CONDITIONING", "What the new part is to show."),
                 "negative": inputs.lazy("CONDITIONING", "What the new part is not to show."),
-                "side": (list(AWAY), {"tooltip": "The edge beyond which the picture goes on."}),
+                "side": (list(AWAY), {"default": "bottom", "tooltip": "The edge beyond which the picture goes on."}),
                 "pixels": ("INT", {"default": 512, "min": 1, "max": inputs.MOST_PIXELS,
                                    "tooltip": "Pixels that are added."}),
                 "seed": inputs.SEED,

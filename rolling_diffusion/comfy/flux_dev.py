@@ -117,7 +117,7 @@ class FluxDevAutoRegressiveRollingDiffusionSampler(inputs.Early):
             return pipeline.sample(settings, prompt, negative_prompt, width, height, steps, cfg)
         given = {"model": loaded_model, "clip": clip, "vae": vae}
         need = tuple(name for name, part in given.items() if part is None)
-        if loaded_model is None and model == EMBEDDED:
+        if model == EMBEDDED:
             parts = self._loaded(EMBEDDED, lambda: Parts(*load_embedded()))
         else:
             parts = self._loaded((found, need), lambda: load_parts(found, need))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.order import ORDERS, route_of
+from ..core.order import ORDERS, STRAIGHT
 from . import places
 from .notes import Notes
 
@@ -20,7 +20,7 @@ ORDER: Any = (list(FIRST), {
     "default": "top-to-bottom", "tooltip": "The direction in which the picture is generated. difficulty: easy blocks "
     "first, as the draft (of at least 2 steps) finds them."})  # fmt: skip
 EVERY_ORDER: Any = ([*FIRST, *(name for name in ORDERS if name not in FIRST)], ORDER[1])
-STRAIGHT_ORDER: Any = ([name for name in ORDERS if route_of(name).axis != "tiles"], {
+STRAIGHT_ORDER: Any = (list(STRAIGHT), {
     "default": "top-to-bottom",
     "tooltip": "The direction along which the picture grows, and prompts follow."})  # fmt: skip
 PROMPTS: Any = ("STRING", {

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .order import whole
 
 BLEND = 8  # cells over which two pieces are blended, where a decoder sees the whole canvas
+# The order that leads away from each side of a picture.
+AWAY = {"left": "right-to-left", "right": "left-to-right", "top": "bottom-to-top", "bottom": "top-to-bottom"}
 FADE = 32  # pixels over which what follows a picture takes up its tone
 
 
@@ -51,6 +53,8 @@ def stretches(prompts: Any, length: int | None, own: int, multiple: int) -> Iter
             step = int(min(own, end - at))
             waiting = Stretch(at, step, prompt, False)
             at += step
+        if length is not None and at >= length:
+            break  # prompts may never end
     if waiting is None:
         raise ValueError("the stream has no prompt: it needs one, or one for each stretch")
     if length is not None and at < length:

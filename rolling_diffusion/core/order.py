@@ -108,6 +108,7 @@ class Found:
 
 
 ORDERS = tuple(ROUTES)
+STRAIGHT = tuple(name for name, route in ROUTES.items() if route.axis != "tiles")  # along which a canvas may grow
 
 
 @dataclass(frozen=True)

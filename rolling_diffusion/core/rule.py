@@ -50,7 +50,7 @@ class Rule:
         """Whether blocks of this kind are kept in memory at all; if not, nothing need be computed for it."""
         if kind not in ("finished", "waiting"):
             raise ValueError(f'memory knows "finished" and "waiting" blocks, not {kind!r}')
-        return (self.persistence > 0 if kind == "finished" else self.lookahead != 0) and self.cap != 0
+        return (self.persistence >= FAINT if kind == "finished" else self.lookahead != 0) and self.cap != 0
 
     def within(self, kind: Kind) -> int | None:
         """A block of this kind is seen with fewer than so many cells between it and a block in motion; None: always."""

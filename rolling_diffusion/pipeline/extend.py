@@ -9,10 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..core.growing import AWAY, Along
 from ..core.order import route_of, whole
-from .decoding import Along
-
-ORDERS = {"right": "left-to-right", "left": "right-to-left", "bottom": "top-to-bottom", "top": "bottom-to-top"}
 
 
 def extend(
@@ -33,10 +31,10 @@ def extend(
     half of a stretch. prompt, stretch, seed and other arguments: as for `Rolling.stream`, along the order that leads
     away. ValueError, in one sentence, for what does not fit together.
     """
-    if side not in ORDERS:
-        raise ValueError(f"side is {side!r}, and must be one of {', '.join(ORDERS)}")
+    if side not in AWAY:
+        raise ValueError(f"side is {side!r}, and must be one of {', '.join(AWAY)}")
     pixels = whole("pixels", pixels, 1)
-    order, family, pipe = ORDERS[side], rolling.family, rolling.pipe
+    order, family, pipe = AWAY[side], rolling.family, rolling.pipe
     route = route_of(order)
     way, axis = Along(2 if route.axis == "rows" else 3, route.backwards), 0 if route.axis == "rows" else 1
     cell = pipe.vae_scale_factor
@@ -81,4 +79,4 @@ def extend(
 
 def _tensor(pixels: np.ndarray) -> Tensor:
     """(1, 3, height, width) from 0 to 1."""
-    return torch.from_numpy(pixels).movedim(-1, 0)[None] / 255
+    return torch.tensor(pixels).movedim(-1, 0)[None] / 255

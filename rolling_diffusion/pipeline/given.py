@@ -43,6 +43,11 @@ class Source:
             )
         down, across = height // side, width // side
         tokens = self.mask.reshape(down, rows // down, across, columns // across).all((1, 3))
+        if not tokens.any():
+            raise ValueError(
+                f"given_mask gives no whole token of {side * cell} × {side * cell} pixels: make it larger, or leave "
+                "given out"
+            )
         return rectangles(tokens.tolist(), side)
 
     def latents(self, height: int, width: int) -> Tensor:
@@ -61,6 +66,13 @@ class Source:
                 )
             return found
         picture = given.convert("RGB") if isinstance(given, Image.Image) else np.asarray(given)
+        if isinstance(picture, np.ndarray):
+            if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype.kind not in "uf":
+                raise ValueError(
+                    f"given is {type(given).__name__} of shape {picture.shape}, and must be a picture, "
+                    "(height, width, 3), or latents"
+                )
+            picture = Image.fromarray(picture) if picture.dtype == np.uint8 else picture  # others are from 0 to 1
         size = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
         if size != (width * cell, height * cell):
             raise ValueError(

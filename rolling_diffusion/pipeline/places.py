@@ -64,6 +64,7 @@ class Places:
 
     def on(self, small: tuple[int, int], canvas: tuple[int, int]) -> list[tuple[Any, str]]:
         """The prompts with places on a smaller picture of the canvas; both (height, width)."""
+        self.maps(*canvas)  # refuses what cannot be
         down, across = (a / b for a, b in zip(small, canvas))
         along = down if self.axis == "rows" or (self.axis == "tiles" and canvas[0] > canvas[1]) else across
         scaled: list[tuple[Any, str]] = []

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
-from ..core.order import ROUTES, route_of, whole
+from ..core.order import STRAIGHT, route_of, whole
 from ..core.plan import Plan
 from ..defaults import Card, check_text_level, plan_for
 from ..models.call import swapped, unwrapped
@@ -31,7 +31,6 @@ from .space import NONE_LEFT, OutOfMemory, out_of_memory, place_memory, ran_out
 from .stream import Strip, stream
 
 # What is said to a pipeline, and asked of it, while it is called: of the user's own, by a stop button or a step cache.
-STRAIGHT = tuple(name for name, route in ROUTES.items() if route.axis != "tiles")
 LIVE = ("_interrupt", "_current_timestep")
 
 
@@ -60,6 +59,7 @@ class Rolling:
         self.has_card = found is not None
         self.card = found if isinstance(found, Card) else Card.of(self._defaults() if found is None else found)
         self.latents: Any = None  # of the last call, finished, in the form in which the pipeline steps them
+        self.guiding = False  # whether a small picture is drawn that guides another call
         self.memory_bytes = 0  # of keys and values, that the last call held at most, in this process
 
     @torch.no_grad()
@@ -200,8 +200,14 @@ class Rolling:
                 call["generator"] = again if isinstance(generator, (list, tuple)) else again[0]
             if places is not None:
                 call["prompt"] = places.on((down, across), canvas)
-            words = {"cfg": cfg, "sampler": sampler, "scheduler_sigmas": scheduler_sigmas}
-            self(**{**spoken, **call}, **words, lag=0, guide=False, order=order, prompt_blend=prompt_blend, wrap=wrap)
+            words = {"cfg": cfg, "sampler": sampler, "scheduler_sigmas": scheduler_sigmas, "prompt_blend": prompt_blend}
+            # At lag 0 the order says where places lie, and no more: blocks of an own one are of the large canvas.
+            way = order if isinstance(order, str) else "raster"
+            self.guiding = True
+            try:
+                self(**{**spoken, **call}, **words, lag=0, guide=False, order=way, wrap=wrap)
+            finally:
+                self.guiding = False
             return family.enlarged(self.latents, (down, across), canvas, wrap or "")
 
         unit = pipe.vae_scale_factor
@@ -237,7 +243,7 @@ class Rolling:
         run.scheduler = Scheduler(run, stepper, levels, adopt, limit)
         stand_in, hooked = _stand_in(pipe, run), hasattr(model, "_diffusers_hook")
         try:
-            with swapped((vars(pipe), name, None) for name in LIVE):
+            with swapped([] if self.guiding else [(vars(pipe), name, None) for name in LIVE]):  # a stop stays one
                 return type(pipe).__call__(stand_in, **said)
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
@@ -290,6 +296,9 @@ class Rolling:
         """
         if order not in STRAIGHT:
             raise ValueError(f"order is {order!r}, and a stream goes {', '.join(STRAIGHT)}")
+        for name in ("wrap", "given", "given_mask", "guide", "prompt", "generator", "output_type"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name} is of a single canvas, and a stream has none: leave it out")
         along = "height" if route_of(order).axis == "rows" else "width"
         sides = {"height": height, "width": width}
         across = "width" if along == "height" else "height"
@@ -403,8 +412,9 @@ class Rolling:
             "width": card.size,
             "num_inference_steps": len(said["sigmas"]) if said.get("sigmas") is not None else card.steps,
             "max_sequence_length": card.max_sequence_length,
+            "guidance_scale": card.guidance if _distilled(unwrapped(self.pipe.transformer)) else None,
         }.items():
-            if name in self.parameters and said.get(name) is None:
+            if name in self.parameters and said.get(name) is None and value is not None:
                 said[name] = value
 
     def _limit(self, said: Mapping[str, Any], run: Run, lag: Any) -> Callable[[float], float]:
@@ -420,7 +430,10 @@ class Rolling:
                 return mu
             if not run.height:
                 run.height, run.width = self._size(said)
-            return mu if run.make_plan(run.height, run.width, 2, 1).alone else most
+            sigmas = said.get("sigmas")
+            steps = said.get("num_inference_steps") or self.parameters["num_inference_steps"].default
+            steps = steps if sigmas is None else len(sigmas)
+            return mu if run.make_plan(run.height, run.width, steps, 1).alone else most
 
         return limit
 
@@ -523,7 +536,7 @@ def _stand_in(pipe: Any, run: Run) -> Any:
     def progress_bar(self: Any, iterable: Any = None, total: int | None = None) -> Any:
         if iterable is not None or run.plan.alone:
             return kind.progress_bar(self, iterable, total)
-        bar = run.bar = kind.progress_bar(self, total=run.plan.ticks)
+        bar = run.bar = kind.progress_bar(self, total=run.plan.ticks - run.plan.first)
         bar.update = lambda n=1: None  # the run's ticks move it: the pipeline counts steps
         return bar
 

@@ -41,7 +41,8 @@ GOLDEN = (5**0.5 - 1) / 2  # multiples of it lie evenly on a circle, however man
 
 @dataclass(frozen=True)
 class Tick:
-    """What `on_tick` is told: tick `number` (from 0) of `total`, the blocks in motion, and the canvas as guessed.
+    """What `on_tick` is told: tick `number` of `total` (from 0, or from the draft's end where a guide takes its place),
+    the blocks in motion, and the canvas as guessed.
 
     plan: as it stands in this tick; an order that is decided at the end of the draft is known from the next one on.
     """
@@ -307,6 +308,11 @@ class Run:
         if self.given is not None:
             self.like = self.first[:1]
             self.known = self.given.latents(self.height, self.width).to(self.first)
+            if self.known.shape[1:] != self.first.shape[1:] or len(self.known) not in (1, len(self.first)):
+                raise ValueError(
+                    f"given has latents of shape {tuple(self.known.shape)}, and the canvas has "
+                    f"{tuple(self.first.shape)}"
+                )
 
     def take(self, steps: Tensor) -> Timesteps:
         """The timesteps that the pipeline is going to take, as ticks."""
@@ -330,6 +336,7 @@ class Run:
             assert self.start is not None
             clean = self.estimate = self.start(plan).to(self.first)
             self.begun = torch.lerp(clean.expand_as(self.first), self.first, self.times[plan.draft] / 1000)
+            self.scheduler.stepper.set_begin_index(plan.first)  # pipelines say 0, as no step of the draft is taken
         if self.begun is not None and self.tick == plan.first:
             request = self.family.blend(request, self.begun, 1.0)
         if self.stock:
@@ -647,7 +654,7 @@ class Run:
     def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
         """What is known of a picture, noised to the level at which each block stands."""
         levels, stepper = self.scheduler.levels, self.scheduler.stepper  # a multistep solver cannot, its levels can
-        if not self.tick or self.tick <= self.draft:
+        if self.tick <= self.draft:
             return levels.scale_noise(sample, timestep, noise)
         plan, family, noised = self.plan, self.family, sample.clone()
         for g, block in enumerate(self.blocks):

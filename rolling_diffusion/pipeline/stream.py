@@ -67,7 +67,7 @@ def stream(
         size["height" if way.axis == 2 else "width"] = seen + part.length
         at = part.start if way.axis == 2 else 0, part.start if way.axis == 3 else 0
         generator = torch.Generator().manual_seed(block_seed(seed, Block(i, *at, 0, 0)) % 2**63)
-        given = None if before is None else _source(rolling, way, before, size)
+        given = _source(rolling, way, before, size) if before is not None and seen else None
         rolling(
             prompt=part.prompt,
             order=order,

@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from .answers import EventStream, described, finished
 from .errors import Refusal, broken, of_pydantic, wrong_value
 from .fields import Generation
 from .forms import make_edit, read_form
-from .guard import Guard
+from .guard import Guard, log
 from .job import Job, Limits, make_job
 from .studio import Finished, Studio
 
@@ -94,12 +94,19 @@ def make_app(
             why = "a stream carries pictures, so take b64_json" if folder else "this server writes no files"
             raise wrong_value("response_format", why)
 
-    def link(folder: Path, job: Job, picture: Finished, request: Request) -> str:
+    def link(folder: Path, job: Job, picture: Finished, request: Request) -> str | None:
+        """Where the picture is now; None where it cannot be written."""
         name = f"{secrets.token_hex(16)}.{job.fields.output_format}"
         path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{picture.seed}-{name}"
         part = path.with_name(f".{name}.part")  # no picture yet
-        part.write_bytes(picture.content)
-        os.replace(part, path)
+        try:
+            part.write_bytes(picture.content)
+            os.replace(part, path)
+        except OSError as error:
+            log.warning("cannot write %s: %s", path, error.strerror)
+            with suppress(OSError):
+                part.unlink()
+            return None
         return str(request.url_for("picture", name=name))
 
     async def answer(request: Request, job: Job) -> Response:
@@ -110,10 +117,12 @@ def make_app(
         pictures = await finished(request, run)
         data: list[dict[str, Any]] = []
         for picture in pictures:
+            url = None
             if folder is not None and job.fields.response_format == "url":
-                data.append({"url": await asyncio.to_thread(link, folder, job, picture, request), "seed": picture.seed})
-            else:
-                data.append({"b64_json": base64.b64encode(picture.content).decode(), "seed": picture.seed})
+                url = await asyncio.to_thread(link, folder, job, picture, request)
+            # A picture is never lost: what cannot be written is carried.
+            way = {"url": url} if url else {"b64_json": base64.b64encode(picture.content).decode()}
+            data.append(way | {"seed": picture.seed})
         content = {"created": int(time.time()), "data": data, **described(job), "usage": run.usage}
         return JSONResponse(content, headers={"X-Queue-Place": str(place)})
 

@@ -118,8 +118,11 @@ def make_job(
     """A job of what a request says; Refusal, in one sentence, for what cannot be done."""
     if fields.n > limits.n:
         raise wrong_value("n", f"it must be at most {limits.n}", "integer_above_max_value")
-    if fields.partial_images and not fields.stream:
-        raise wrong_value("partial_images", "partial pictures are streamed, so set stream to true")
+    for name in ("partial_images", "frames"):
+        if getattr(fields, name) and not fields.stream:
+            raise wrong_value(name, "partial pictures are streamed, so set stream to true")
+    if fields.partial_images and fields.frames:
+        raise wrong_value("frames", "it stands in place of partial_images, so leave one out")
     if fields.output_compression is not None and fields.output_format == "png":
         raise wrong_value("output_compression", "a png is never lossy, so take jpeg or webp")
     if mask is not None and image is not None and mask.size != image.size:

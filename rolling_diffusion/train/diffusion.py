@@ -350,7 +350,7 @@ def train(
                 grids = int(elapsed / 60 / SAMPLE_EVERY)
                 with average.instead_of(model):
                     samples(path.parent / "samples" / f"{stage}-{step:05}.png")
-    _save(path, model, questions, average, opts, step, 60 * minutes)
+    _save(path, model, questions, average, opts, step, elapsed)
     model.load_state_dict(average.values)
     model.eval()
     if samples is not None:

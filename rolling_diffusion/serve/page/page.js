@@ -32,7 +32,8 @@ async function start() {
   const model = (await answer.json()).data[0], side = model.rolling.size;
   find("model").textContent = `Model: ${model.id}`;
   const near = pixels => Math.max(16, Math.round(pixels / 16) * 16), half = near(side / 2), long = near(side * 1.5);
-  const sizes = [[side, side], [side, long], [long, side], [half, half]].map(([w, h]) => [`${w}x${h}`, `${w} × ${h}`]);
+  const sizes = [[side, side], [side, long], [long, side], [half, half]]
+    .filter(([w, h]) => w * h <= model.rolling.most_pixels).map(([w, h]) => [`${w}x${h}`, `${w} × ${h}`]);
   choices("order", model.rolling.orders.map(name => [name, name]));
   choices("size", sizes);
   restore();
