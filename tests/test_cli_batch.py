@@ -211,8 +211,10 @@ def test_memory_that_ran_out_is_one_sentence_and_all_else_is_raised():
         (("--ray-address", "ray://127.0.0.1:9"), "--ray-address ray://127.0.0.1:9 is of Ray's client"),
         (("--gpus-per-worker", "99"), "--gpus-per-worker is 99, and this machine has"),
         (("--model", "no/such/folder"), "--model no/such/folder: there is no such folder or file"),
+        (("--ray-address", "auto", "--device", "cuda:1"), "--device cuda:1 names one device"),
+        (("--device", "cuda", "--workers", "3", "--gpus-per-worker", "0.5"), "is not on this machine"),
     ],
-    ids=["nobody", "client", "GPUs", "model"],
+    ids=["nobody", "client", "GPUs", "model", "one device", "no GPU"],
 )
 def test_what_cannot_be_done_is_one_sentence(tmp_path, capsys, monkeypatch, argv, words):
     for name, value in HERE.items():  # which the command sets itself; put back afterwards
@@ -237,3 +239,24 @@ def test_a_model_of_the_hub_is_known_by_its_revision(tmp_path, monkeypatch):
     assert batch.revision_of("one/model") == "one/model@abc123"
     with pytest.raises(ValueError, match="the hub tells no revision of another/model"):
         batch.revision_of("another/model")
+
+
+def test_workers_that_would_wait_for_gpus_for_ever_are_refused(monkeypatch):
+    for name, value in HERE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 workers of 1 GPUs each are more than this machine's 1: take 1"):
+        workers.Cluster(None, 2, None, None, "cuda")
+    with pytest.raises(ValueError, match=r"4 workers of 0\.5 GPUs each .* take 2"):
+        workers.Cluster(None, 4, 0.5, None, "cuda")
+
+
+@pytest.mark.parametrize("manifest", ["jsonl", "parquet"])
+def test_the_prompts_are_no_manifest(tmp_path, capsys, manifest):
+    if manifest == "parquet":
+        pytest.importorskip("pyarrow")
+    file = tmp_path / "manifest.jsonl"
+    file.write_text('{"prompt": "a ball"}\n')
+    assert main(["batch", str(file), "-o", str(tmp_path), "--manifest", manifest]) == 2
+    assert "PROMPTS and the manifest both name" in capsys.readouterr().err
+    assert file.read_text() == '{"prompt": "a ball"}\n'

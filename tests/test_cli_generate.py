@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from rolling_diffusion.cli import main
-from rolling_diffusion.cli.files import save_png
+from rolling_diffusion.cli.files import read_picture, save_png
 from rolling_diffusion.cli.main import make_parser
 from rolling_diffusion.cli.model import check_folder, cut_off, known_words, lora, unknown_words
 
@@ -57,6 +57,8 @@ def refused(capsys, *argv: str) -> str:
         (["a ball", "--quantize", "int4"], ["--quantize", "did you mean 'int8'?"]),
         (["a ball", "--lora", "style=strong"], ["--lora", "'strong' is no number"]),
         (["a ball", "--steps", "0"], ["--steps", "at least 1"]),
+        (["a ball", "--lora", "a.safetensors", "--lora", "a.safetensors=0.5"], ["a.safetensors is said twice"]),
+        (["a ball", "--width", "16" + "0" * 400], ["GiB of memory", "smaller --width"]),
         (["a ball", "--seed", "18446744073709551616"], ["--seed", "from 0 to 18446744073709551615"]),
         (["a ball", "--seed", "9" * 5000], ["--seed", "from 0 to 18446744073709551615"]),
         (["a ball", "--seed", "18446744073709551615", "--batch", "2"], ["--seed", "leaves no seeds for --batch 2"]),
@@ -177,6 +179,7 @@ def test_a_mask_of_another_size_is_refused(capsys, tmp_path, monkeypatch):
         ('[[0, "a ball"], [1.5, "a boat"]]', ["the place of 'a boat' is 1.5", "below 1.0"]),
         ('[[0.5, "a ball"]]', ["leave a part of the canvas without one"]),
         ('[[0, "a ball"], [[0, 0, 512, 8], "a boat"]]', ["(0, 0, 512, 8)", "within the canvas of 256 × 256"]),
+        (f'[[0, "a ball"], [{"9" * 400}, "a boat"]]', ["the place of 'a boat'", "pixels from 0 to 255"]),
         ("[]", ["parts.json: prompts must be a list, with one at least"]),
     ],
 )
@@ -186,6 +189,25 @@ def test_prompts_of_parts_that_cannot_be_are_one_sentence(capsys, tmp_path, monk
     error = refused(capsys, "--prompts", "parts.json")
     assert all(word in error for word in words), error
     assert "say one of them" in refused(capsys, "a ball", "--prompts", "parts.json")
+
+
+def test_the_file_of_prompts_is_not_written_to(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("parts.json").write_text('["a ball"]')
+    assert "--prompts and --report both name" in refused(
+        capsys, "--prompts", "parts.json", "--report", str(tmp_path / "parts.json")
+    )
+    assert Path("parts.json").read_text() == '["a ball"]'
+
+
+def test_what_is_transparent_is_not_lost_silently(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture = Image.new("RGBA", (64, 64), (200, 0, 0, 255))
+    picture.save("solid.png")
+    assert read_picture(Path("solid.png"), "--image", "RGB").getpixel((0, 0)) == (200, 0, 0)
+    picture.putpixel((3, 3), (200, 0, 0, 0))
+    picture.save("clear.png")
+    assert "--image clear.png has transparent parts" in refused(capsys, "a ball", "--image", "clear.png")
 
 
 def test_settings_of_a_picture_need_a_prompt_too(capsys, tmp_path):

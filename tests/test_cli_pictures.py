@@ -343,8 +343,11 @@ def test_evaluate_prints_a_table_and_writes_its_numbers(here, model, capsys):
         assert f"{scores[way]['score']:.3f}" in row
     about = scores["about"]
     assert about["prompts"] == 6 and about["height"] == 64 and about["model"] == "tiny"
-    assert main(["evaluate", "--ceiling", "--prompts", "6", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.count("| 1.000 (") == 2
+    assert main(["evaluate", "--ceiling", "--prompts", "6", "--device", "cpu", "--json", "ceiling.json"]) == 0
+    assert capsys.readouterr().out.count("| 1.000 (") == 2 and (here / "ceiling.json").is_file()
+    for words in (("--ceiling", "--strip", "2"), ("--ceiling", "--work", "w.jsonl"), ("--strip", "2", "--study")):
+        assert main(["evaluate", *words]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
     assert main(["evaluate", "--width", "160000000"]) == 2
     assert "of memory, and this machine has" in capsys.readouterr().err
 
@@ -355,3 +358,8 @@ def test_train_refuses_what_it_cannot_do(here, capsys):
     assert main(["train", "--work", "file/x"]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "nothing to train" in first and "cannot write to file/x" in second
+    assert main(["train", "-o", ".", "--work", "../w"]) == 2
+    assert main(["train", "-o", "runs", "--work", "runs/train"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "holds other files, and would be replaced" in first and "which is replaced: name another" in second
+    assert (here / "file").exists()

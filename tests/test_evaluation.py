@@ -127,6 +127,10 @@ def test_a_study_that_is_killed_goes_on_where_it_was(pipe, tmp_path, capsys, mon
     assert full["row"] == "full" and len(full["difference"]) == 3 and report["difficulty"]["pictures"] == 8
     assert main(words) == 0
     assert work.read_bytes() == after and not capsys.readouterr().err  # all of it was there
+    for foreign in (b'{"full": {"score": 1}}', b"a diary"):
+        work.write_bytes(foreign)  # without an end of the line
+        assert main(words) == 2
+        assert "the end of work.jsonl is not evaluate's" in capsys.readouterr().err and work.read_bytes() == foreign
     work.write_text('{"prompt": "a ball"}\n')
     assert main(words) == 2
     assert "line 1 of work.jsonl is not evaluate's" in capsys.readouterr().err

@@ -230,6 +230,8 @@ def test_models(client):
         ({"response_format": "url"}, "response_format", "writes no files"),
         ({"partial_images": 4, "stream": True}, "partial_images", "at most 3"),
         ({"partial_images": 2}, "partial_images", "set stream"),
+        ({"extra_body": {"frames": 2}}, "frames", "set stream"),
+        ({"partial_images": 2, "stream": True, "extra_body": {"frames": 2}}, "frames", "in place of partial_images"),
         ({"prompt": " "}, "prompt", "no words"),
         ({"prompt": "a" * 40_000}, "prompt", "32000"),
         ({"extra_body": {"style": "vivid"}}, "style", "Unknown parameter"),

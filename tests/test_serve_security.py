@@ -232,6 +232,33 @@ def test_a_port_that_is_taken_is_said_so(server, capsys):
     assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
 
 
+def test_a_key_is_one_without_the_blanks_around_it(monkeypatch):
+    given = []
+    monkeypatch.setattr("rolling_diffusion.cli.serve.application", lambda values, key, folder: given.append(key))
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
+    monkeypatch.setenv("ROLLING_DIFFUSION_API_KEY", "a-key\n")
+    assert main(["serve", "--port", "0"]) == 0 and given == ["a-key"]
+
+
+def test_every_name_of_this_machine_is_served_without_a_key(rolled):
+    with hosted(make_app(Studio(rolled, "embedded"))) as url:
+        for host, status in {"127.0.0.2": 200, "localhost": 200, "[::1]": 200, "10.0.0.1": 403, "e.com": 403}.items():
+            assert httpx.get(f"{url}/v1/models", headers={"host": host}).status_code == status, host
+
+
+def test_a_picture_that_cannot_be_written_is_carried(rolled, tmp_path, monkeypatch):
+    from pathlib import Path
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    with hosted(make_app(Studio(rolled, "embedded"), folder=tmp_path)) as url:
+        monkeypatch.setattr(Path, "write_bytes", full)
+        said = {"prompt": "a red ball", "size": "32x32", "steps": 1, "response_format": "url"}
+        answer = httpx.post(f"{url}/v1/images/generations", json=said, timeout=60).json()
+    assert set(answer["data"][0]) == {"b64_json", "seed"} and not list(tmp_path.iterdir())
+
+
 def test_loopback():
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.8.8.8", "::1")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.1", "example.com", "")))

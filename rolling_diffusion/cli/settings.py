@@ -113,7 +113,7 @@ def check_room(width: int, height: int, remedy: str = "take a smaller --width or
     need, there = (3 + 12) * width * height, psutil.virtual_memory().total  # as bytes, and as floats before
     if need > there:
         raise ValueError(
-            f"{width} × {height} pixels take at least {need // 2**30:,} GiB of memory, and this machine has "
+            f"{width} × {height} pixels take at least {-(-need // 2**30):,} GiB of memory, and this machine has "
             f"{there / 2**30:,.0f} GiB: {remedy}"
         )
 

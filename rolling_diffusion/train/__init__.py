@@ -43,10 +43,10 @@ def run(
     from .vae import linear_encoder, new_vae, pictures, train_decoder
 
     folder = folder.resolve()
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} holds other files, and would be replaced: name a new folder, or a model's")
     if work.resolve().is_relative_to(folder):
         raise ValueError(f"the checkpoints in {work} lie in {folder}, which is replaced: name another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} holds other files, and would be replaced: name a new folder, or a model's")
     torch.manual_seed(seed)
     if start is None:
         vae = new_vae(pictures(np.random.default_rng(seed), 400))
