@@ -94,15 +94,7 @@ class Card:
     def in_folder(cls, folder: str | Path) -> Card:
         """The card of a model folder; of anything else, which has none, FLUX.1-dev's. ValueError as `of`."""
         index = Path(folder) / "model_index.json"
-        if not index.is_file():
-            return cls()
-        try:
-            entries = json.loads(index.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(f"{index} is not valid JSON") from None
-        if not isinstance(entries, dict):
-            raise ValueError(f"{index} is a list or a single value, and must hold values by their names")
-        return cls.of(entries.get("rolling"))
+        return cls.of(read_index(index).get("rolling") if index.is_file() else None)
 
     def entries(self) -> dict[str, Any]:
         """What `of` reads."""
@@ -116,6 +108,21 @@ class Card:
     def draft_steps(self, steps: int) -> int:
         """Draft steps of so many steps: at least one is left to the blocks."""
         return min(round(self.draft * steps), steps - 1)
+
+
+def read_index(index: Path) -> dict[str, Any]:
+    """What a model_index.json holds: the parts of a model, and perhaps its card. ValueError, of one sentence."""
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {index}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{index} is not valid JSON") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{index} must hold an object that names the parts of the model")
+    if not isinstance(entries.get("rolling"), (dict, type(None))):
+        raise ValueError(f'"rolling" in {index} is {entries["rolling"]!r}, and must be an object: the model\'s card')
+    return entries
 
 
 def plan_for(

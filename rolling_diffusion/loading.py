@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import inspect
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from .defaults import read_index
 from .models.convert import flux_from_comfy, flux_to_comfy
 from .pipeline.space import OutOfMemory
 
@@ -171,13 +171,9 @@ def _index(folder: Path) -> dict[str, list[Any]]:
     if not path.is_file():
         raise Refused(f"{folder} is not a model folder: it has no model_index.json")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise Refused(f"{path} is not valid JSON") from None
-    if not isinstance(index, dict):
-        raise Refused(f"{path} must hold an object that names the parts of the model")
-    if not isinstance(index.get("rolling"), (dict, type(None))):
-        raise Refused(f'"rolling" in {path} is {index["rolling"]!r}, and must be an object: the model\'s card')
+        index = read_index(path)
+    except ValueError as error:
+        raise Refused(str(error)) from None
     parts = {name: kind for name, kind in index.items() if isinstance(kind, list) and not name.startswith("_")}
     for name, kind in parts.items():
         if len(kind) != 2 or not all(isinstance(word, (str, type(None))) for word in kind):

@@ -14,7 +14,7 @@ from rolling_diffusion.appearing import PAPER, unveiled
 from rolling_diffusion.cli import animation, generate, main
 from rolling_diffusion.cli.files import read_record
 from rolling_diffusion.cli.main import make_parser
-from rolling_diffusion.cli.model import card_of, load, locate
+from rolling_diffusion.cli.model import load, locate
 from rolling_diffusion.core.plan import make_plan
 from rolling_diffusion.world.render import render
 from rolling_diffusion.world.scene import random_scene
@@ -289,7 +289,7 @@ def test_the_defaults_are_the_embedded_models_card():
     from rolling_diffusion.pipeline import SAMPLERS, SPACINGS
     from rolling_diffusion.train.export import CARD
 
-    assert card_of(locate("embedded")) == Card.of(CARD)
+    assert Card.in_folder(locate("embedded")) == Card.of(CARD)
     assert (*SAMPLERS, *SPACINGS) == (*generate.SAMPLERS, *generate.SCHEDULERS)
 
 

@@ -15,11 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..defaults import read_index
 from ..recording import MACHINE
 from .arguments import Parser, decimal, fail, name_in, whole_number
 from .files import check_apart, check_target, is_whole_png, make_folder, put, read_record, save_json_lines, sweep
 from .generate import DEFAULTS, SETTINGS, add_drawing_options, prepare
-from .model import EMBEDDED, EMBEDDED_FOLDER, found, full, read_index
+from .model import EMBEDDED, EMBEDDED_FOLDER, found, full
 from .prompts import PICTURES, read_lines
 from .workers import Cluster, Stopped, Task, namespace
 

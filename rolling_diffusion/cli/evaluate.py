@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 from .. import __version__
+from ..defaults import Card
 from .arguments import Parser, decimal, name_in, seed, whole_number
 from .batch import identity_of
 from .files import check_apart, check_target, save_json
-from .model import DTYPES, EMBEDDED, base_name, card_of, device_named, load, locate
+from .model import DTYPES, EMBEDDED, base_name, device_named, load, locate
 from .settings import check_room, check_side
 
 
@@ -73,7 +74,7 @@ def run(values: argparse.Namespace) -> int:
     count = values.prompts or (480 if of_orders else 240)
     device = device_named(values.device)
     folder = locate(values.model)
-    card = card_of(folder)
+    card = Card.in_folder(folder)
     check_room(common.get("width", card.size), common.get("height", card.size))
     from tqdm import tqdm
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from ..core.growing import AWAY  # left and right first: what is added above and below is as wide as it becomes
 from ..core.order import route_of
-from ..defaults import SIDE
+from ..defaults import SIDE, Card
 from .arguments import Parser, whole_number
 from .files import check_target, free, read_picture, save_png
 from .generate import DEFAULTS as OF_PICTURES
 from .generate import add_model_options, add_sampling_options, check_text
-from .model import EMBEDDED, card_of, device_named, load_said, locate, resolved, warnings_of
+from .model import EMBEDDED, device_named, load_said, locate, resolved, warnings_of
 from .replay import record
 from .settings import add_plan_options, check_room, complete, fitted
 from .stream import NO_STREAM, bar_of, call_options, context_of, plan_of_stretch, teller
@@ -50,7 +50,7 @@ def run(values: argparse.Namespace) -> int:
     output = values.output or free(values.picture.with_name(f"{values.picture.stem}-extended.png"))
     check_target(output, (".png",))
     folder = locate(values.model or EMBEDDED)
-    card = card_of(folder)
+    card = Card.in_folder(folder)
     complete(values, {}, DEFAULTS, card)
     check_text(values.prompt, values.negative_prompt or "")
     size = [picture.width + sum(sides.get(s, 0) for s in ("left", "right"))]

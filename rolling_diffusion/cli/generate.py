@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..defaults import CELL, LAST_SEED, TOKEN, nearest_side
+from ..defaults import CELL, LAST_SEED, TOKEN, Card, nearest_side
 from . import ranks
 from .animation import SUFFIXES, Film, check_mp4, save_animation
 from .arguments import Parser, decimal, name_in, whole_number
 from .files import check_apart, check_target, free, read_picture, save_json, save_png
-from .model import DTYPES, EMBEDDED, QUANTIZERS, card_of, device_named, load_said, locate, lora, resolved, warnings_of
+from .model import DTYPES, EMBEDDED, QUANTIZERS, device_named, load_said, locate, lora, resolved, warnings_of
 from .prompts import add_prompts, check_said, shared_out, take_prompts, texts_of
 from .replay import changed, record, replayed
 from .settings import GUIDE, PLAN_DEFAULTS, add_plan_options, check_room, complete, fitted, plan_of
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..core.plan import Plan
-    from ..defaults import Card
     from ..pipeline import Rolling, Tick
 
 # As the pipeline names them; written down here, so that a misspelled one is found before diffusers is imported.
@@ -212,7 +211,7 @@ def prepare(
     if image is not None:  # a side that is not said is its own, or the nearest that there is
         again = {"width": nearest_side(image.width), "height": nearest_side(image.height), **again}
     if model is None:
-        model = (folder := locate(name)), card_of(folder)
+        model = (folder := locate(name)), Card.in_folder(folder)
     folder, card = model
     settings = complete(values, again, DEFAULTS, card)
     check_room(settings["width"], settings["height"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import re
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..defaults import Card
+from ..defaults import read_index
 
 if TYPE_CHECKING:
     from ..pipeline import Rolling
@@ -93,21 +92,6 @@ def check_folder(folder: Path) -> None:
             raise ValueError(f"{part} in the model folder {folder} has no weights")
 
 
-def read_index(index: Path) -> dict[str, Any]:
-    """What a model_index.json holds: the parts of a model, and perhaps its card."""
-    try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {index}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"{index} is not valid JSON") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"{index} must hold an object that names the parts of the model")
-    if not isinstance(entries.get("rolling"), (dict, type(None))):
-        raise ValueError(f'"rolling" in {index} is {entries["rolling"]!r}, and must be an object: the model\'s card')
-    return entries
-
-
 def device_named(name: str) -> str:
     """The device to use; "auto" takes a GPU where there is one. ValueError if it is unknown or absent."""
     import torch
@@ -178,12 +162,6 @@ def known_words(tokenizer: Any) -> list[str]:
     """The tokenizer's words, sorted, without its special tokens."""
     special = set(tokenizer.all_special_tokens)
     return sorted(w for w in tokenizer.get_vocab() if w not in special and w.isalpha())
-
-
-def card_of(folder: str) -> Card:
-    """What a model is sampled with when nothing is said, as its folder tells; without a card, as FLUX.1-dev is."""
-    index = Path(folder) / "model_index.json"
-    return Card.of(read_index(index).get("rolling") if index.is_file() else None)
 
 
 def load(folder: str, device: str, dtype: str, **options: Any) -> Rolling:

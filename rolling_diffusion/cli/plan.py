@@ -7,9 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..core.plan import Plan
+from ..defaults import Card
 from .arguments import Parser, whole_number
 from .files import check_apart, check_target, save_json, save_png
-from .model import EMBEDDED, card_of, locate
+from .model import EMBEDDED, locate
 from .replay import record
 from .settings import PLAN_DEFAULTS, add_plan_options, complete, fitted, plan_of
 
@@ -26,7 +27,7 @@ def add_options(parser: Parser) -> None:
 
 
 def run(values: argparse.Namespace) -> int:
-    card = card_of(locate(values.model))
+    card = Card.in_folder(locate(values.model))
     settings = complete(values, {}, PLAN_DEFAULTS, card)
     plan = plan_of(settings, card)
     said = {name for name in settings if getattr(values, name, None) is not None}

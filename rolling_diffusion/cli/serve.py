@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..defaults import Card
 from .arguments import Parser, needs, whole_number
 from .files import check_target
 from .generate import add_model_options
-from .model import EMBEDDED, base_name, card_of, full, load_said, locate, quiet
+from .model import EMBEDDED, base_name, full, load_said, locate, quiet
 from .replay import shown
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def run(values: argparse.Namespace) -> int:
             raise ValueError(f"--output {values.output}: there is no such folder")
         check_target(values.output / "picture.png")
     folder = locate(values.model or EMBEDDED)
-    card_of(folder)  # refuses a card that is wrong before the model is loaded
+    Card.in_folder(folder)  # refuses a card that is wrong before the model is loaded
     with listen(values.host, values.port) as listener:
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.order import STRAIGHT, Block, Route, route_of
-from ..defaults import CELL, SIDE, TOKEN
+from ..defaults import CELL, SIDE, TOKEN, Card
 from .arguments import Parser, fail, whole_number
 from .generate import DEFAULTS as OF_PICTURES
 from .generate import add_model_options, add_sampling_options, check_text, notes_of_defaults
-from .model import EMBEDDED, card_of, device_named, load_said, locate, resolved, warnings_of
+from .model import EMBEDDED, device_named, load_said, locate, resolved, warnings_of
 from .prompts import add_prompts, check_said, shared_out, take_prompts, texts_of
 from .replay import record, replayed
 from .settings import add_plan_options, check_room, check_side, complete, fitted, plan_of
 
 if TYPE_CHECKING:
     from ..core.plan import Plan
-    from ..defaults import Card
     from ..pipeline import Rolling, Tick
     from .growing import Output
 
@@ -124,7 +123,7 @@ def prepare(values: argparse.Namespace, model: tuple[str, Card] | None = None) -
     said = {name: value for name, value in vars(values).items() if name in SETTINGS and value is not None} | again
     check_said(said, 'rolling-diffusion stream "a red ball" --length 1024 -o strip.png')
     if model is None:
-        model = (folder := locate(said.get("model", EMBEDDED))), card_of(folder)
+        model = (folder := locate(said.get("model", EMBEDDED))), Card.in_folder(folder)
     folder, card = model
     settings = complete(values, again, DEFAULTS, card)
     check_text(*texts_of(settings), settings["negative_prompt"])
