@@ -212,7 +212,7 @@ def test_memory_that_ran_out_is_one_sentence_and_all_else_is_raised():
         (("--gpus-per-worker", "99"), "--gpus-per-worker is 99, and this machine has"),
         (("--model", "no/such/folder"), "--model no/such/folder: there is no such folder or file"),
         (("--ray-address", "auto", "--device", "cuda:1"), "--device cuda:1 names one device"),
-        (("--device", "cuda", "--workers", "3", "--gpus-per-worker", "0.5"), "is not on this machine"),
+        (("--device", "cuda", "--workers", "3", "--gpus-per-worker", "0.5"), "--device cuda is not on this machine"),
     ],
     ids=["nobody", "client", "GPUs", "model", "one device", "no GPU"],
 )
