@@ -41,8 +41,8 @@ demo: $(STAMP)
 	$(VENV)/bin/rolling-diffusion stream --prompts docs/strip.txt --across 128 --stretch 128 --seed 3 -o out/demo/strip.png
 	@echo "The pictures are in $(CURDIR)/out/demo: top-to-bottom.png (.gif shows it appearing), left-to-right.png, spiral-out.png, strip.png"
 
-# A process more than there are cores, of one thread each: some tests wait for servers and for clusters that they start.
-PROCESSES ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+# A process a core, of one thread each.
+PROCESSES ?= $(shell getconf _NPROCESSORS_ONLN)
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(PROCESSES) --dist worksteal
 
