@@ -142,7 +142,8 @@ def test_values_that_do_not_go_together_are_one_error_before_anything_runs(serve
     entry = server.run(prompt)
     [error] = [m[1] for m in entry["status"]["messages"] if m[0] == "execution_error"]
     assert error["node_id"] == number and error["exception_message"].strip().startswith(sentence)
-    assert error["executed"] == []
+    loaders = {k for k, n in prompt.items() if n["class_type"] == "LoadEmbeddedRollingModel"}  # for VAE Decode
+    assert set(error["executed"]) <= loaders
 
 
 def queued(server, prompt, until, seconds=120):
