@@ -121,11 +121,13 @@ class Along:
         """What follows the edge of a picture, in its tone. pixels: from 0 to 1, that edge as it is decoded first, which
         is left out; edge: as it is."""
         n, length = edge.shape[self.axis], pixels.shape[self.axis]
-        missed = (edge - self.cut(pixels, 0, n)).mean(self.axis)
-        missed = nn.functional.pad(missed, (n, n), "replicate")
-        missed = nn.functional.avg_pool1d(missed, 2 * n + 1, 1).unsqueeze(self.axis)
-        fade = self.ramp((1 - (torch.arange(length - n) + 0.5) / FADE).clamp(0))
-        return (self.cut(pixels, n, length) + missed * fade).clamp(0, 1)
+        missed = edge - self.cut(pixels, 0, n)
+        tone = nn.functional.pad(missed.mean(self.axis), (n, n), "replicate")
+        tone = nn.functional.avg_pool1d(tone, 2 * n + 1, 1).unsqueeze(self.axis)
+        rest = self.cut(missed, n - 1, n) - tone  # of the last line, which lies against the first new one
+        steps = torch.arange(length - n) + 0.5
+        far, near = (self.ramp((1 - steps / reach).clamp(0)) for reach in (FADE, n))
+        return (self.cut(pixels, n, length) + tone * far + rest * near).clamp(0, 1)
 
 
 def sight(layers: Iterable[Any] | None) -> int | None:
