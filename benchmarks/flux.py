@@ -80,7 +80,7 @@ class Bench:
 
         from rolling_diffusion import roll
 
-        self.dry, self.shape = dry, SMALL if dry else FLUX
+        self.dry, self.shape, self.compiled = dry, SMALL if dry else FLUX, False
         self.device, self.dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
         self.sizes = ((256, 256), (256, 512)) if dry else SIZES
         self.steps, self.text = (4, 16) if dry else (STEPS, TEXT)
@@ -120,31 +120,40 @@ class Bench:
         self.wait(b)
         return 20 * 2 * n**3 / (time.perf_counter() - start)
 
+    def compile(self, wanted: bool) -> None:
+        """Repeated blocks compiled from now on, or not."""
+        if wanted != self.compiled:
+            self.compiled = wanted
+            for block in (*self.model.transformer_blocks, *self.model.single_transformer_blocks):
+                block._compiled_call_impl = None
+            if wanted:
+                self.model.compile_repeated_blocks(dynamic=True)
+
     def wait(self, _: Any = None) -> None:
         if self.device == "cuda":
             self.torch.cuda.synchronize()
 
     def run(self, width: int, height: int, way: dict[str, Any] | None) -> dict[str, float]:
-        """Seconds (the second of two runs), GiB at the peak."""
+        """Seconds, after a shorter run to warm up; GiB at the peak."""
         card = DRY_CARD if self.dry else CARD
         pipe, more = (
             (self.stock, {}) if way is None else (self.rolling, {"window": card.window, "overlap": card.overlap, **way})
         )
 
-        def once() -> float:
+        def once(steps: int) -> float:
             start = time.perf_counter()
             out = pipe(
                 prompt_embeds=self.embeds, pooled_prompt_embeds=self.pooled, width=width, height=height,
-                num_inference_steps=self.steps,
+                num_inference_steps=steps,
                 guidance_scale=3.5, output_type="latent", generator=self.torch.Generator().manual_seed(0), **more,
             )  # fmt: skip
             self.wait(out)
             return time.perf_counter() - start
 
-        once()
+        once(4)
         if self.device == "cuda":
             self.torch.cuda.reset_peak_memory_stats()
-        seconds = once()
+        seconds = once(self.steps)
         peak = self.torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else 0.0
         return {"seconds": seconds, "gibibytes": peak}
 
@@ -156,21 +165,22 @@ def measure(dry: bool) -> dict[str, Any]:
     if not dry:
         found.setdefault("device", bench.torch.cuda.get_device_name())
     found.setdefault("operations a second", bench.rate())
-    for compiled in (False,) if dry else (False, True):
-        if compiled:
-            bench.model.compile_repeated_blocks(dynamic=True)
-        for width, height in bench.sizes:
-            for name, way in WAYS.items():
-                key = f"{width}x{height}, {name}, {'compiled' if compiled else 'eager'}"
-                if key in found:
-                    continue
-                try:
-                    found[key] = bench.run(width, height, way)
-                except bench.torch.OutOfMemoryError:
-                    found[key] = {"out of memory": True}
-                print(key, found[key], flush=True)
-                if not dry:
-                    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    # What says most comes first, so that a run that was stopped has it.
+    later = ("rolling, lag 0", "block-autoregressive")
+    cases = [(compiled, *size, name) for compiled in (False, True) for size in bench.sizes for name in WAYS]
+    cases.sort(key=lambda case: (case[3] in later and case[1:3] != bench.sizes[0], case[0]))
+    for compiled, width, height, name in cases:
+        key = f"{width}x{height}, {name}, {'compiled' if compiled else 'eager'}"
+        if key in found or (dry and compiled):
+            continue
+        bench.compile(compiled)
+        try:
+            found[key] = bench.run(width, height, WAYS[name])
+        except bench.torch.OutOfMemoryError:
+            found[key] = {"out of memory": True}
+        print(key, found[key], flush=True)
+        if not dry:
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 

@@ -27,6 +27,8 @@ def add_options(parser: Parser) -> None:
             metavar="N",
             help=f"(default: {steps})",
         )
+    add("--batch", type=whole_number(1), default=1, metavar="N", help="times the pictures in a step (default: 1)")
+    add("--workers", type=whole_number(0), default=0, metavar="N", help="processes that render pictures (default: 0)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda (default: auto)")
     add("--seed", type=seed, default=0, metavar="N", help="(default: 0)")
 
@@ -44,6 +46,8 @@ def run(values: argparse.Namespace) -> int:
         text_steps=values.text_steps,
         decoder_steps=values.decoder_steps,
         start=values.start,
+        batch=values.batch,
+        workers=values.workers,
         device=device_named(values.device),
         seed=values.seed,
     )

@@ -20,6 +20,8 @@ def run(
     text_steps: int = STAGES["text"],
     decoder_steps: int = STAGES["decoder"],
     start: Path | None = None,
+    batch: int = 1,
+    workers: int = 0,
     device: str = "cpu",
     seed: int = 0,
     log: Callable[[str], object] = print,
@@ -29,7 +31,8 @@ def run(
     The stages: text encoders, then the transformer on uniform noise and on the states of rolling, then the decoder,
     which nothing else waits for. With rolling_minutes 0 the folder holds a model that never saw staggered noise.
     start: a model folder made earlier; its transformer is trained further, at a lower rate, and its decoder; its text
-    encoders are kept as they are, but for synonyms that they did not know.
+    encoders are kept as they are, but for synonyms that they did not know. batch: how many times the pictures in a step
+    that two CPU cores like; workers: processes that render them.
     """
     import numpy as np
     import torch
@@ -61,7 +64,8 @@ def run(
             source = Source(linear_encoder(vae), encoders, seed + number, device)
             path = work / f"{stage}.safetensors"
             rate = RATES[stage] * (1.0 if start is None else FURTHER)
-            train(transformer, questions, source, path, stage, minutes, rate=rate, log=log, samples=samples)
+            more = {"batch": batch, "workers": workers, "log": log, "samples": samples}
+            train(transformer, questions, source, path, stage, minutes, rate=rate, **more)
     questions.hook.remove()
     if decoder_steps:
         train_decoder(vae, work / "decoder.safetensors", decoder_steps, seed=seed, log=log)

@@ -72,8 +72,8 @@ class Average:
     def update(self, module: nn.Module) -> None:
         self.steps += 1
         weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for key, value in module.state_dict().items():
-            self.values[key].lerp_(value, weight)
+        now = module.state_dict()
+        torch._foreach_lerp_(list(self.values.values()), [now[key] for key in self.values], weight)
 
     @contextmanager
     def instead_of(self, module: nn.Module) -> Iterator[None]:

@@ -12,8 +12,9 @@ picture before them, which lies beyond their edge, finished, in memory. So are c
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..core.memory import View
 from ..core.order import ROUTES
@@ -73,30 +75,54 @@ def new_transformer(seed: int = 0) -> FluxTransformer2DModel:
 
 
 @dataclass
-class Batch:
-    """Clean tokens (B, n, 64), noise alike, labels (B, n, 4), text (B, 32, 128), pooled (B, 128), ids (n, 3); rows and
-    columns of the canvas; own: which tokens are the picture's. All others are of the picture before it."""
+class Sketch:
+    """Clean tokens (B, n, 64), labels (B, n, 4), a caption each, ids (n, 3); rows and columns of the canvas; own: which
+    tokens are the picture's. All others are of the picture before it."""
 
     tokens: Tensor
-    noise: Tensor
     labels: Tensor
-    text: Tensor
-    pooled: Tensor
+    captions: list[str]
     ids: Tensor
     rows: int
     columns: int
     own: Tensor
 
 
+@dataclass
+class Batch(Sketch):
+    """The same on the device of the computation (`own` on the CPU), with noise like the tokens, the captions' text
+    (B, 32, 128) and pooled text (B, 128)."""
+
+    noise: Tensor
+    text: Tensor
+    pooled: Tensor
+
+
 class Source:
     """Endless fresh scenes as batches."""
 
     def __init__(self, vae: tuple[Tensor, Tensor], encoders: tuple, seed: int, device: str = "cpu") -> None:
-        self.vae, self.encoders, self.device = vae, encoders, device
-        self.rng, self.generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+        self.vae, self.device = vae, device
+        self.encoders = encoders if device == "cpu" else tuple(copy.deepcopy(e).to(device) for e in encoders)
+        self.seed(seed)
+
+    def seed(self, *seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.generator = torch.Generator().manual_seed(int(self.rng.integers(2**62)))
 
     def draw(self, width: int, height: int, count: int, side: str | None = None) -> Batch:
         """count pictures of so many pixels; side: where a part of the picture lies that each of them continues."""
+        return self.finish(self.sketch(width, height, count, side))
+
+    def finish(self, sketch: Sketch) -> Batch:
+        """What is computed on the device, so that whoever renders need not."""
+        tokens = sketch.tokens.to(self.device)
+        text, pooled = embed(self.encoders[0], self.encoders[1], sketch.captions)
+        noise = torch.randn(tokens.shape, generator=self.generator).to(self.device)
+        told = {"labels": sketch.labels.to(self.device), "ids": sketch.ids.to(self.device), "tokens": tokens}
+        return Batch(**vars(sketch) | told, noise=noise, text=text, pooled=pooled)
+
+    def sketch(self, width: int, height: int, count: int, side: str | None = None) -> Sketch:
         rng = self.rng
         silent = rng.random(count) < DROP_CAPTION
         pairs = [self._scenes(width, height, side, bool(s)) for s in silent]
@@ -121,13 +147,10 @@ class Source:
             top, left = (0, pad[0]) if across else (pad[2], 0)
         x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
         tokens = pack_cells(encode(x, self.vae[0], self.vae[1]))
-        text, pooled = embed(self.encoders[0], self.encoders[1], texts)
-        noise = torch.randn(tokens.shape, generator=self.generator)
         rows, columns = own.shape
         y, x_ = torch.meshgrid(torch.arange(rows) - top, torch.arange(columns) - left, indexing="ij")
         ids = torch.stack([torch.zeros_like(y), y, x_], -1).flatten(0, 1).float()
-        on = (x.to(self.device) for x in (tokens, noise, truth.flatten(1, 2), text, pooled, ids))
-        return Batch(*on, rows=rows, columns=columns, own=own.flatten().nonzero()[:, 0])
+        return Sketch(tokens, truth.flatten(1, 2), texts, ids, rows, columns, own.flatten().nonzero()[:, 0])
 
     def _scenes(self, width: int, height: int, side: str | None, silent: bool) -> tuple[Scene, Scene]:
         """A scene that continues the other, where there is a side; silent: no word will tell of a change."""
@@ -171,7 +194,8 @@ def call(
         "txt_ids": batch.text.new_zeros(batch.text.shape[1], 3),
     }
     sink = None if keep is None else lambda layer, *kv: keep.__setitem__(layer, kv)
-    tokens = torch.arange(x.shape[1], device=x.device) if chosen is None else chosen
+    tokens = torch.arange(x.shape[1], device=x.device) if chosen is None else chosen.to(x.device)
+    index = None if index is None else index.to(x.device)
     size = 2 * batch.rows, 2 * batch.columns
     with autocast(x.device.type):
         return run(Flux(model), model, request, tokens, size, Levels.of(levels, index), memory, sink)[0].float()
@@ -228,7 +252,7 @@ def rolling_loss(model: nn.Module, source: Source, batch: Batch) -> tuple[Tensor
     present, index = owner[chosen].unique(return_inverse=True)
     v = call(model, batch, noisy, levels[:, present], chosen, index, memory)
     error = (v - (batch.noise - batch.tokens)[:, chosen]).square().mean(-1)
-    weight = moving[owner[chosen]].float()
+    weight = moving[owner[chosen]].float().to(error.device)
     return (error * weight).sum() / (weight.sum() * len(error)), chosen
 
 
@@ -282,6 +306,30 @@ def remember(
     return view
 
 
+class Sketches(IterableDataset):
+    """What a stage is shown, without end; each process that renders draws scenes of its own.
+
+    late: whether the shares of canvases are those that training ends with. batch: how many times those of CANVASES.
+    """
+
+    def __init__(self, source: Source, late: Tensor, batch: int) -> None:
+        self.source, self.late, self.batch = source, late, batch
+        self.key = int(source.rng.integers(2**62))
+
+    def __iter__(self) -> Iterator[Sketch]:
+        source, worker = self.source, get_worker_info()
+        if worker is not None:
+            source.seed(self.key, worker.id)
+        rng = source.rng
+        while True:
+            late = bool(self.late)
+            shares = np.array(LATE if late else EARLY)
+            width, height, count = CANVASES[int(rng.choice(len(CANVASES), p=shares / shares.sum()))]
+            stretch = rng.random() < STRETCHES * late
+            side = str(rng.choice(list(SIDES), p=list(SIDES.values()))) if stretch else None
+            yield source.sketch(width, height, count * self.batch, side)
+
+
 def train(
     model: nn.Module,
     questions: Questions,
@@ -292,13 +340,16 @@ def train(
     *,
     rate: float = 2e-3,
     decay_from: float = 0.75,
+    batch: int = 1,
+    workers: int = 0,
     log=print,
     samples: Callable[[Path], object] | None = None,
 ) -> None:
     """Trains one stage, "uniform" or "rolling", for minutes of wall-clock; saves to path; resumes from it.
 
-    The rate is constant, then falls linearly from `decay_from` of the time on. samples: draws with the model's averaged
-    weights into a file, every SAMPLE_EVERY minutes and at the end.
+    The rate is constant, then falls linearly from `decay_from` of the time on. batch: how many times the batches of
+    CANVASES; the rate grows with its fourth root. workers: processes that render (0: this one). samples: draws with the
+    model's averaged weights into a file, every SAMPLE_EVERY minutes and at the end.
     """
     opts = [*optimisers(model), torch.optim.AdamW(questions.parameters(), lr=1.0, weight_decay=0.0)]
     average, step, spent = Average(model, 0.998), 0, 0.0
@@ -307,24 +358,26 @@ def train(
         with resuming(path):
             model.load_state_dict(unpack("model", tensors))
             questions.load_state_dict(unpack("questions", tensors))
-            average.values, average.steps = unpack("average", tensors), facts["step"]
+            for key, value in unpack("average", tensors).items():
+                average.values[key].copy_(value)
+            average.steps = facts["step"]
             for i, opt in enumerate(opts):
                 load_optimiser(opt, unpack(f"optimiser{i}", tensors))
             step, spent = facts["step"], facts["seconds"]
-        source.rng, source.generator = np.random.default_rng(step), torch.Generator().manual_seed(step)
+        source.seed(step)
+    rate *= batch**0.25
+    late = torch.tensor(stage == "rolling").share_memory_()
+    sketches = iter(DataLoader(Sketches(source, late, batch), batch_size=None, num_workers=workers))
     model.train()
     started = time.time() - spent
-    last_log, losses, seen, grids = time.time(), np.zeros((0, 2)), 0, int(spent / 60 / SAMPLE_EVERY)
+    last_log, losses, seen, grids = time.time(), [], 0, int(spent / 60 / SAMPLE_EVERY)
     while (elapsed := time.time() - started) < 60 * minutes:
         progress = elapsed / (60 * minutes)
-        shares = np.array(LATE if stage == "rolling" or progress > 0.2 else EARLY)
-        width, height, count = CANVASES[int(source.rng.choice(len(CANVASES), p=shares / shares.sum()))]
-        stretch = source.rng.random() < STRETCHES * (stage == "rolling" or progress > 0.2)
-        side = str(source.rng.choice(list(SIDES), p=list(SIDES.values()))) if stretch else None
-        batch = source.draw(width, height, count, side)
+        late.fill_(stage == "rolling" or progress > 0.2)
+        pictures = source.finish(next(sketches))
         rolling = stage == "rolling" and source.rng.random() < STAGGERED
-        loss, chosen = (rolling_loss if rolling else uniform_loss)(model, source, batch)
-        doubt = questions(batch.labels[:, chosen], teach=step >= LEARN_TO_ASK)
+        loss, chosen = (rolling_loss if rolling else uniform_loss)(model, source, pictures)
+        doubt = questions(pictures.labels[:, chosen], teach=step >= LEARN_TO_ASK)
         now = rate * min(1, (step + 1) / 100) * min(1, max(0.02, (1 - progress) / (1 - decay_from)))
         for opt in opts:
             for group in opt.param_groups:
@@ -335,16 +388,16 @@ def train(
         for opt in opts:
             opt.step()
         average.update(model)
-        step, seen = step + 1, seen + count
-        losses = np.append(losses, [[loss.item(), doubt.item()]], 0)
+        step, seen = step + 1, seen + len(pictures.tokens)
+        losses.append(torch.stack([loss.detach(), doubt.detach()]))
         if time.time() - last_log > 60:
             rate_seen = seen / (time.time() - last_log)
-            velocity, about = losses.mean(0)
+            velocity, about = torch.stack(losses).mean(0).tolist()
             log(
                 f"{stage}: step {step}, {elapsed:.0f} s, loss {velocity:.4f}, labels {about:.4f}, "
                 f"{rate_seen:.1f} samples/s"
             )
-            last_log, losses, seen = time.time(), np.zeros((0, 2)), 0
+            last_log, losses, seen = time.time(), [], 0
             _save(path, model, questions, average, opts, step, elapsed)
             if samples is not None and elapsed / 60 / SAMPLE_EVERY >= grids + 1:
                 grids = int(elapsed / 60 / SAMPLE_EVERY)

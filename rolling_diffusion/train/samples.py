@@ -6,6 +6,7 @@ decoder is trained last.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,12 @@ class Samples:
     """Calls of it draw the same prompts from the same seeds, and save a grid (PNG) of 256×256 pictures."""
 
     def __init__(self, transformer: Any, encoders: tuple, vae: Any) -> None:
-        (tokenizer, tokenizer_2), (t5, clip) = tokenizers(), encoders
+        device = next(transformer.parameters()).device
+        (tokenizer, tokenizer_2), (t5, clip) = tokenizers(), copy.deepcopy(encoders)  # training has them on the CPU
         scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
-        pipe = FluxPipeline(scheduler, vae, clip, tokenizer, t5, tokenizer_2, transformer)  # pyright: ignore[reportArgumentType]
+        pipe = FluxPipeline(scheduler, copy.deepcopy(vae), clip, tokenizer, t5, tokenizer_2, transformer).to(device)  # pyright: ignore[reportArgumentType]
         pipe.set_progress_bar_config(disable=True)
-        self.roll, self.device = roll(pipe, CARD), pipe.device.type
+        self.roll, self.device = roll(pipe, CARD), device.type
         self.encoder = linear_encoder(vae)
 
     def __call__(self, path: Path) -> None:

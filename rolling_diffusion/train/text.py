@@ -86,7 +86,8 @@ def grow(t5: T5EncoderModel, clip: CLIPTextModel) -> None:
 @torch.no_grad()
 def embed(t5: T5EncoderModel, clip: CLIPTextModel, texts: list[str]) -> tuple[Tensor, Tensor]:
     """(B, 32, 128) T5 states and (B, 128) pooled CLIP states, as FluxPipeline.encode_prompt computes them."""
-    return t5(t5_tokens(texts)).last_hidden_state, clip(clip_tokens(texts)).pooler_output
+    device = t5.device
+    return t5(t5_tokens(texts).to(device)).last_hidden_state, clip(clip_tokens(texts).to(device)).pooler_output
 
 
 class Questions(nn.Module):
