@@ -110,8 +110,8 @@ def test_two_workers_draw_what_generate_draws_and_bad_lines_are_named(tmp_path, 
     run = start(file, "-o", out, "--workers", 2, HOME=str(home))
     listening = set()
     waited(lambda: pictures(out) or run.poll() is not None)
-    for process in processes("", WORD):
-        listening |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    own = {process.pid for process in processes("", WORD)}
+    listening |= {c.laddr.ip for c in psutil.net_connections("inet") if c.status == "LISTEN" and c.pid in own}
     code, errors = ended(run)
     assert code == 1, errors
     assert listening and {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_families import draw, make
+from tiny_families import WITH_CONTROL, draw, make
 from tiny_pipeline import call, pipeline
 
 from rolling_diffusion.appearing import Veil
+from rolling_diffusion.core import memory as core_memory
 from rolling_diffusion.core.guidance import BOUND, project
 from rolling_diffusion.core.memory import Memory
 from rolling_diffusion.core.order import Block, make_order
@@ -484,3 +485,30 @@ def test_what_rolls_on_a_long_canvas_takes_the_same_memory_however_long_it_is(mo
         call(rolled, height=height, width=8, draft=0, num_inference_steps=2)
         found.append(max(most))
     assert found[0] == found[1] < 128 * 8 // 4
+
+
+@pytest.mark.parametrize(
+    "name", ["FluxPipeline", "Flux2KleinPipeline", "StableDiffusion3Pipeline", "FluxControlNetPipeline"]
+)
+@pytest.mark.parametrize("lag", [None, "autoregressive"])
+def test_memory_that_was_replaced_is_gone_at_once(name, lag, monkeypatch):
+    """Not only when Python looks for objects that know each other, which on a GPU it seldom does."""
+    alive, most, made = weakref.WeakSet(), 0, 0
+    stock = core_memory._Joined.__init__
+
+    def counted(self, *args, **options):
+        nonlocal most, made
+        stock(self, *args, **options)
+        alive.add(self)
+        most, made = max(most, len(alive)), made + 1
+
+    pipe, arguments = make(name)
+    monkeypatch.setattr(core_memory._Joined, "__init__", counted)
+    branches = 1 + (name in ("Flux2KleinPipeline", "FluxControlNetPipeline"))
+    gc.collect()
+    gc.disable()
+    try:
+        draw(roll(pipe), arguments, window=16, overlap=8, draft=1, lag=lag)
+    finally:
+        gc.enable()
+    assert made > 2 and most <= branches + 1, "each branch's own, and the one that takes another's place"

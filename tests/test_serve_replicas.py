@@ -112,7 +112,8 @@ def test_who_may_ask_is_asked_as_ever(replicas):
     assert httpx.get(f"{replicas.url}/v1/models", headers=BEARER | {"origin": "https://example.com"}).status_code == 403
     upload = httpx.post(f"{replicas.url}/v1/images/edits", files={"image": bytes(2**22)}, headers=BEARER)
     assert upload.status_code == 400
-    ports = {port.laddr.ip for one in family(replicas) for port in one.net_connections() if port.status == "LISTEN"}
+    own = {process.pid for process in family(replicas)}
+    ports = {c.laddr.ip for c in psutil.net_connections("inet") if c.status == "LISTEN" and c.pid in own}
     assert {ip.removeprefix("::ffff:") for ip in ports} == {"127.0.0.1"}
 
 

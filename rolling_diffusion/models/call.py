@@ -285,6 +285,11 @@ class Call:
         self.layers.append(layer)
         return layer
 
+    def end(self) -> None:
+        """Lets go of memory: parts of a call know the call, so it would stay until Python looks for such circles."""
+        self.layers.clear()
+        self.view = self.sink = None
+
 
 def run(
     family: Any,
@@ -336,11 +341,13 @@ def run(
         if shares is not None:
             raise ValueError("a compiled transformer on several devices is not known to roll: leave torch.compile out")
     slots = [] if shares is None else [shares.slots(model)]
-    with swapped([*slots, *family.swaps(model, call)]):
-        answer = transformer(**chosen, **more, timestep=levels.timesteps, return_dict=False)
-    if sink is not None and call.compiled:
-        for i, layer in enumerate(call.layers):
-            if layer.kept is not None:
-                sink(i, *layer.kept)
-                layer.kept = None
+    try:
+        with swapped([*slots, *family.swaps(model, call)]):
+            answer = transformer(**chosen, **more, timestep=levels.timesteps, return_dict=False)
+        if sink is not None and call.compiled:
+            for i, layer in enumerate(call.layers):
+                if layer.kept is not None:
+                    sink(i, *layer.kept)
+    finally:
+        call.end()
     return answer

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..core.memory import View
@@ -45,6 +46,8 @@ CONFIG = {
     "num_attention_heads": 2, "joint_attention_dim": 128, "pooled_projection_dim": 128, "guidance_embeds": False,
     "axes_dims_rope": (16, 56, 56),
 }  # fmt: skip
+# Not cuDNN's: with memory beside a call's own tokens its gradient fails (torch 2.11 on an H100).
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 DROP_CAPTION = 0.1
 # Canvases in pixels (width, height), the batch that takes about as long on each, and their shares early and late.
 CANVASES = ((128, 128, 24), (192, 192, 15), (256, 256, 10), (256, 384, 7), (384, 256, 7), (256, 512, 5))
@@ -197,7 +200,10 @@ def call(
     tokens = torch.arange(x.shape[1], device=x.device) if chosen is None else chosen.to(x.device)
     index = None if index is None else index.to(x.device)
     size = 2 * batch.rows, 2 * batch.columns
-    with autocast(x.device.type):
+    with (
+        autocast(x.device.type),
+        sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
+    ):
         return run(Flux(model), model, request, tokens, size, Levels.of(levels, index), memory, sink)[0].float()
 
 
