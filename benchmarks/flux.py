@@ -3,6 +3,7 @@
 python -m benchmarks.flux             the cases that benchmarks/flux.json does not hold yet; needs a GPU with 40 GB
 python -m benchmarks.flux --dry-run   the same code with a small model, on any machine; keeps nothing
 python -m benchmarks.flux --predict   the predictions alone, as docs/flux.md has them; runs nothing
+python -m benchmarks.flux --table     what benchmarks/flux.json holds, as docs/flux.md has it; runs nothing
 """
 
 from __future__ import annotations
@@ -217,9 +218,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flux", description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="a small model on the CPU; keeps nothing")
     parser.add_argument("--predict", action="store_true", help="print the predictions; run nothing")
+    parser.add_argument("--table", action="store_true", help="print what was measured; run nothing")
     values = parser.parse_args()
     if values.predict:
         print(predictions())
+        return 0
+    if values.table:
+        if not RESULTS.exists():
+            print(f"Nothing has been measured yet: {RESULTS.name} is not there.")
+            return 2
+        print(table(json.loads(RESULTS.read_text()), dry=False))
         return 0
     import torch
 

@@ -17,6 +17,11 @@ def test_the_documented_predictions_are_those_that_the_command_prints():
     assert flux.predictions() in DOC.read_text(encoding="utf-8")
 
 
+def test_the_documents_table_is_what_was_measured():
+    found = json.loads(flux.RESULTS.read_text(encoding="utf-8"))
+    assert flux.table(found, dry=False) in DOC.read_text(encoding="utf-8")
+
+
 def test_the_documented_tables_of_scaling_are_those_that_the_command_prints():
     pytest.importorskip("ray")
     from benchmarks import batch

@@ -487,9 +487,7 @@ def test_what_rolls_on_a_long_canvas_takes_the_same_memory_however_long_it_is(mo
     assert found[0] == found[1] < 128 * 8 // 4
 
 
-@pytest.mark.parametrize(
-    "name", ["FluxPipeline", "Flux2KleinPipeline", "StableDiffusion3Pipeline", "FluxControlNetPipeline"]
-)
+@pytest.mark.parametrize("name", [*WITH_CONTROL, "Flux2KleinPipeline"])
 @pytest.mark.parametrize("lag", [None, "autoregressive"])
 def test_memory_that_was_replaced_is_gone_at_once(name, lag, monkeypatch):
     """Not only when Python looks for objects that know each other, which on a GPU it seldom does."""
