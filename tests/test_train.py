@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 pytest.importorskip("diffusers")
 
@@ -16,6 +18,7 @@ from rolling_diffusion.defaults import Card
 from rolling_diffusion.train.checkpoint import Average, read, write
 from rolling_diffusion.train.diffusion import (
     CANVASES,
+    Sketches,
     Source,
     new_transformer,
     rolling_loss,
@@ -252,6 +255,19 @@ def test_transformer_training_learns_and_resumes(source, tmp_path, monkeypatch):
     )  # its time is spent: it reads back and stops
     assert read(path)[1]["step"] == step
     assert torch.equal(fresh.proj_out.weight, model.proj_out.weight)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_whoever_renders_draws_scenes_of_its_own(source, workers, monkeypatch):
+    monkeypatch.setattr("rolling_diffusion.train.diffusion.CANVASES", ((128, 128, 2), *CANVASES[1:]))
+    late = torch.tensor(False).share_memory_()
+    sketches = [*islice(DataLoader(Sketches(source, late, 3), batch_size=None, num_workers=workers), 6)]
+    squares = [sketch for sketch in sketches if sketch.rows == 8]
+    assert squares and all(len(sketch.tokens) == len(sketch.captions) == 6 for sketch in squares)
+    assert len({tuple(sketch.captions) for sketch in sketches}) == 6
+    batch = source.finish(squares[0])
+    assert batch.noise.shape == batch.tokens.shape and batch.noise.std() > 0.5
+    assert torch.equal(batch.text, embed(*source.encoders, squares[0].captions)[0])
 
 
 def test_a_checkpoint_is_whole_or_the_old_one(tmp_path):

@@ -345,7 +345,7 @@ def train(
     minutes: float,
     *,
     rate: float = 2e-3,
-    decay_from: float = 0.75,
+    decay_from: float = 0.5,
     batch: int = 1,
     workers: int = 0,
     log=print,
