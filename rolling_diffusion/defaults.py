@@ -125,6 +125,11 @@ def read_index(index: Path) -> dict[str, Any]:
     return entries
 
 
+def context_of(stretch: int, unit: int) -> int:
+    """How much of the stretch before a call sees where nothing is said: half of one, in whole units of that length."""
+    return max(unit, stretch // 2 // unit * unit)
+
+
 def plan_for(
     card: Card,
     height: int,

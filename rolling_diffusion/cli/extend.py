@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.growing import AWAY  # left and right first: what is added above and below is as wide as it becomes
 from ..core.order import route_of
-from ..defaults import SIDE, Card
+from ..defaults import SIDE, Card, context_of
 from .arguments import Parser, whole_number
 from .files import check_target, free, read_picture, save_png
 from .generate import DEFAULTS as OF_PICTURES
@@ -17,7 +17,7 @@ from .generate import add_model_options, add_sampling_options, check_text
 from .model import EMBEDDED, device_named, load_said, locate, resolved, warnings_of
 from .replay import record
 from .settings import add_plan_options, check_room, complete, fitted
-from .stream import NO_STREAM, bar_of, call_options, context_of, plan_of_stretch, teller
+from .stream import NO_STREAM, bar_of, call_options, plan_of_stretch, teller
 
 DEFAULTS: dict[str, Any] = {
     **{name: value for name, value in OF_PICTURES.items() if name not in (*NO_STREAM, "order", "prompts")},
@@ -82,7 +82,7 @@ def settled(values: argparse.Namespace, size: tuple[int, int], sides: dict[str, 
         sizes = {
             "across": across + -across % SIDE,
             "stretch": stretch,
-            "context": context_of(stretch),
+            "context": context_of(stretch, SIDE),
         }
         plan = plan_of_stretch(found | sizes | {"order": AWAY[side]}, card, route)
         settings = fitted(found, plan, card)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.order import STRAIGHT, Block, Route, route_of
-from ..defaults import CELL, SIDE, TOKEN, Card
+from ..defaults import CELL, SIDE, TOKEN, Card, context_of
 from .arguments import Parser, fail, whole_number
 from .generate import DEFAULTS as OF_PICTURES
 from .generate import add_model_options, add_sampling_options, check_text, notes_of_defaults
@@ -129,7 +129,7 @@ def prepare(values: argparse.Namespace, model: tuple[str, Card] | None = None) -
     check_text(*texts_of(settings), settings["negative_prompt"])
     settings |= {name: card.size for name in ("across", "stretch") if settings[name] is None}
     if settings["context"] is None:
-        settings["context"] = context_of(settings["stretch"])
+        settings["context"] = context_of(settings["stretch"], SIDE)
     prompts, settings["length"] = along(settings)
     for name in ("length", "across", "stretch", "context"):
         check_side(f"--{name}", settings[name])
@@ -165,11 +165,6 @@ def along(settings: dict[str, Any]) -> tuple[Any, int]:
             if isinstance(place, int) and place:
                 check_side(f"the place of {prompt!r}", place)
     return shared_out(prompts), length
-
-
-def context_of(stretch: int) -> int:
-    """Pixels that a call sees of the stretch before, where none are said, as the library has it."""
-    return max(SIDE, stretch // 2 // SIDE * SIDE)
 
 
 def ends_of(prompts: Any, settings: dict[str, Any]) -> Iterator[int]:

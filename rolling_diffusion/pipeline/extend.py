@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.growing import AWAY, Along
 from ..core.order import route_of, whole
+from ..defaults import context_of
 
 
 def extend(
@@ -40,7 +41,7 @@ def extend(
     cell = pipe.vae_scale_factor
     unit = cell * family.patch
     own = rolling.card.size if stretch is None else stretch
-    seen = max(unit, own // 2 // unit * unit) if context is None else whole("context", context, 1)
+    seen = context_of(own, unit) if context is None else whole("context", context, 1)
     known = np.asarray(picture.convert("RGB"))
     there, across = known.shape[axis], known.shape[1 - axis]
     if there < unit:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.order import STRAIGHT, route_of, whole
 from ..core.plan import Plan
-from ..defaults import Card, check_text_level, plan_for
+from ..defaults import Card, check_text_level, context_of, plan_for
 from ..models.call import swapped, unwrapped
 from ..models.registry import family_of
 from ..models.shares import degree
@@ -324,7 +324,7 @@ class Rolling:
             across=cells(across, sides[across], self.card.size),
             length=None if length is None else cells("length", length, 0),
             stretch=own,
-            context=cells("context", context, max(unit, own * cell // 2 // unit * unit), 0),
+            context=cells("context", context, context_of(own * cell, unit), 0),
             seed=whole("seed", seed, 0),
             state=state,
             options=options,
