@@ -177,3 +177,11 @@ def test_the_predicted_memory_is_what_a_call_keeps(setting: Setting):
     setting.rolling([0.5], keep=kept)
     found = sum(tensor.numel() * tensor.element_size() for pair in kept.values() for tensor in pair)
     assert found == memory_bytes(setting.model, 48, 2, torch.float32)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_is_chosen_of_a_request_is_where_the_request_is(name):
+    setting = Setting(name)
+    far = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in setting.request.items()}
+    found = setting.family.choose(far, torch.arange(8, device="meta"), HEIGHT, WIDTH)
+    assert {value.device.type for value in found.values() if isinstance(value, Tensor)} == {"meta"}

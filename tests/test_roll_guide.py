@@ -23,6 +23,14 @@ def test_above_the_model_s_size_a_small_picture_takes_the_place_of_the_draft(nam
     assert apart(guided, draw(rolled, arguments, guide=False)) > 0.1
 
 
+def test_kontext_which_sizes_its_pictures_itself_is_guided_too():
+    pipe, arguments = make("FluxKontextPipeline")
+    rolled, ticks = roll(pipe, SMALL), []
+    guided = draw(rolled, arguments, on_tick=ticks.append)
+    assert ticks[0].number == ticks[0].plan.draft and ticks[0].plan.guide
+    assert apart(guided, draw(rolled, arguments, guide=False)) > 0.1
+
+
 def test_the_guide_settles_the_whole_of_the_picture():
     """The fewer noise is left after the draft, the closer the picture is to its guide."""
     pipe, arguments = make("FluxPipeline")

@@ -73,6 +73,19 @@ def test_what_cannot_be_given_is_one_sentence(rolled, given, mask, words):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
 
 
+def test_latents_that_klein_gives_are_refused_and_its_transformer_s_taken():
+    pipe, arguments = make("Flux2KleinPipeline")
+    rolled = roll(pipe)
+    own, mask = draw(rolled, arguments, **ROLL), np.zeros((32, 24), bool)
+    mask[:20] = True
+    with pytest.raises(ValueError, match=r"roll\(pipe\)\.latents"):
+        draw(rolled, arguments, given=own, given_mask=mask, **ROLL)
+    known = rolled.latents.clone()
+    draw(rolled, arguments, seed=2, given=known, given_mask=mask, **ROLL)
+    found, known = (rolled.family.cells(x, 32, 24) for x in (rolled.latents, known))
+    assert torch.equal(found[..., :20, :], known[..., :20, :]) and not torch.equal(found, known)
+
+
 def test_pixels_are_the_picture(rolled):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     mask = np.zeros((64, 64), bool)

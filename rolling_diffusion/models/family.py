@@ -115,7 +115,7 @@ class Family(ABC):
         """Positions in the request of these tokens of the canvas, and of all references after them."""
         total, references = self.image_tokens(request), self.references(request, height, width)
         if references:
-            tokens = torch.cat([tokens, torch.arange(total - references, total)])
+            tokens = torch.cat([tokens, torch.arange(total - references, total, device=tokens.device)])
         return tokens.to(request["hidden_states"].device)
 
     def references(self, request: dict[str, Any], height: int, width: int) -> int:

@@ -195,6 +195,8 @@ class Rolling:
             down, across = plan.guide or canvas
             call = {"height": down * unit, "width": across * unit, "output_type": "latent"}
             call |= {name: None for name in ("callback_on_step_end", "latents") if name in self.parameters}
+            if "max_area" in self.parameters:  # to which Kontext enlarges whatever size it is told
+                call["max_area"] = call["height"] * call["width"]
             if draws:
                 again = [torch.Generator(g.device).manual_seed(g.initial_seed()) for g in draws]
                 call["generator"] = again if isinstance(generator, (list, tuple)) else again[0]
@@ -396,6 +398,11 @@ class Rolling:
             raise ValueError(
                 f"{type(self.pipe).__name__} takes {own}, and begins with a picture itself: use given with a pipeline "
                 "that begins with noise"
+            )
+        if type(self.pipe).__name__ == "Flux2KleinPipeline" and isinstance(given, torch.Tensor) and given.ndim == 4:
+            raise ValueError(
+                "given has the latents that Flux2KleinPipeline gives, which are of its VAE and not of its transformer: "
+                "take those of roll(pipe).latents, or a picture"
             )
         return Source(self.pipe, self.family, given, mask)
 
