@@ -50,11 +50,12 @@ def tiled(rolling: Any, prompts: Sequence[Prompt], seed: int, common: Mapping[st
     texts = [prompts[min(len(prompts) - 1, (start + side // 4) // side)].text for start in starts]
     length = {"max_sequence_length": card.max_sequence_length}
     told = [pipe.encode_prompt(prompt=t, prompt_2=None, **length) for t in (texts, [""] * len(texts))]
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
-    rows = torch.cartesian_prod(*[torch.arange(side // family.patch)] * 2)
-    ids = torch.cat([torch.zeros(len(rows), 1), rows], 1)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=pipe.device)
+    rows = torch.cartesian_prod(*[torch.arange(side // family.patch, device=pipe.device)] * 2)
+    ids = torch.cat([torch.zeros_like(rows[:, :1]), rows], 1).float()
     generator = torch.Generator().manual_seed(seed)
-    canvas = torch.randn(1, model.config.in_channels // family.patch**2, side, side * len(prompts), generator=generator)
+    shape = 1, model.config.in_channels // family.patch**2, side, side * len(prompts)
+    canvas = torch.randn(shape, generator=generator).to(pipe.device)
     for time in scheduler.timesteps:
         windows = family.latents(torch.cat([canvas[..., s : s + side] for s in starts]))
         answers: list[Tensor] = []
@@ -77,7 +78,7 @@ def tiled(rolling: Any, prompts: Sequence[Prompt], seed: int, common: Mapping[st
             count[..., s : s + side] += 1
         canvas = scheduler.step(mean / count, time, canvas, return_dict=False)[0]
     pixels = family.decode(pipe, family.latents(canvas), side, side * len(prompts))[0].permute(1, 2, 0)
-    image = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().numpy()
+    image = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().cpu().numpy()
     return np.split(image, len(prompts), 1)
 
 
