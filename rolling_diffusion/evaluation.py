@@ -239,7 +239,7 @@ def order_study(card: Card, common: Mapping[str, Any], only: Sequence[str] = ())
     tiles = ("left-to-right", "spiral-out", "spiral-in", "raster", "random", "difficulty")
     rows = [Row("rolling", {"draft": card.draft_steps(steps)}, True)]
     rows += [Row(f"draft of {first}", {"draft": first}, decides) for first, decides in drafts.items()]
-    rows += [Row(name, {**quarter, "order": name}, name == "difficulty") for name in tiles]
+    rows += [Row(name, {**quarter, "order": name}) for name in tiles]
     rows += [Row(f"lag {lag}", {**quarter, "lag": lag}) for lag in (*lags, "autoregressive")]
     rows += [Row(f"extrapolation {x}", {**quarter, "extrapolation": x}, x == 0.4) for x in (0.2, 0.4, 0.7)]
     rows += [Row("difficulty, extrapolation 0.4", {**quarter, "order": "difficulty", "extrapolation": 0.4})]

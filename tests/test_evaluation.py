@@ -66,7 +66,7 @@ def test_a_way_of_sampling_overrules_what_all_have_in_common(pipe):
 
 
 SMALL = {"num_inference_steps": 6, "width": 32, "height": 32}
-ROWS = ("difficulty", "lag 1")  # for all prompts, and for a quarter
+ROWS = ("extrapolation 0.4", "lag 1")  # for all prompts, and for a quarter
 
 
 def study_of(pipe, work=None, only=ROWS):
@@ -89,7 +89,7 @@ def test_the_study_of_orders_has_every_row_beside_full_sampling_of_equal_steps_a
             assert abs(study.relative(costly) - study.relative(row)) <= 0.025, row.name  # half of one step of 20
             assert row.decides <= equal.decides and row.decides <= costly.decides
             assert equal.way.get("cfg") == costly.way.get("cfg") == row.way.get("cfg")
-    assert rows["rolling"].decides and rows["difficulty"].decides and not rows["random"].decides
+    assert rows["rolling"].decides and rows["extrapolation 0.4"].decides and not rows["difficulty"].decides
     for steps in (1, 2, 3, 8):
         assert order_study(pipe.card, {"num_inference_steps": steps})
     with pytest.raises(ValueError, match="the study has no row 'spiral': it has full, "):
@@ -123,8 +123,8 @@ def test_a_study_that_is_killed_goes_on_where_it_was(pipe, tmp_path, capsys, mon
     expected = json.loads(json.dumps(study_of(pipe).run()))
     assert {name: row for name, row in report.items() if name != "about"} == expected
     assert said.out.count("\n| ") == 1 + len(expected) and order_table(expected) in said.out
-    full = report["difficulty"]["equal steps"]
-    assert full["row"] == "full" and len(full["difference"]) == 3 and report["difficulty"]["pictures"] == 8
+    full = report["extrapolation 0.4"]["equal steps"]
+    assert full["row"] == "full" and len(full["difference"]) == 3 and report["extrapolation 0.4"]["pictures"] == 8
     assert main(words) == 0
     assert work.read_bytes() == after and not capsys.readouterr().err  # all of it was there
     for foreign in (b'{"full": {"score": 1}}', b"a diary"):

@@ -168,7 +168,7 @@ def test_a_cancelled_strip_goes_on(server):
     """The slices that were written stay as they are; the rest follows, and what comes out is what would have been."""
     prompt = workflow(server, "rolling_stream")
     [node] = [n for n in prompt.values() if n["class_type"] == "RollingStream"]
-    node["inputs"].update(steps=3, length=1024, seed=99, filename_prefix="first/strip")
+    node["inputs"].update(steps=3, length=1024, stretch=128, seed=99, filename_prefix="first/strip")
     folder = server.base / "output" / "first"
 
     def slices():
