@@ -114,7 +114,7 @@ def main() -> None:
     for (width, height), order in CANVASES.items():
         full = arithmetic(plan_of(width, height, None), FLUX)
         guided = arithmetic(plan_of(width, height, {"order": order, "guide": "auto"}), FLUX)
-        plain = arithmetic(plan_of(width, height, {"order": order}), FLUX)
+        plain = arithmetic(plan_of(width, height, {"order": order, "guide": False}), FLUX)
         ratio = counted(rolled, width, height, order=order) / counted(pipe, width, height)
         tiled = tiles(width, height)
         lines.append(
