@@ -122,8 +122,9 @@ class Source:
         tokens = sketch.tokens.to(self.device)
         text, pooled = embed(self.encoders[0], self.encoders[1], sketch.captions)
         noise = torch.randn(tokens.shape, generator=self.generator).to(self.device)
-        told = {"labels": sketch.labels.to(self.device), "ids": sketch.ids.to(self.device), "tokens": tokens}
-        return Batch(**vars(sketch) | told, noise=noise, text=text, pooled=pooled)
+        labels, ids = sketch.labels.to(self.device), sketch.ids.to(self.device)
+        rest = sketch.captions, ids, sketch.rows, sketch.columns, sketch.own
+        return Batch(tokens, labels, *rest, noise=noise, text=text, pooled=pooled)
 
     def sketch(self, width: int, height: int, count: int, side: str | None = None) -> Sketch:
         rng = self.rng
