@@ -201,10 +201,7 @@ def call(
     tokens = torch.arange(x.shape[1], device=x.device) if chosen is None else chosen.to(x.device)
     index = None if index is None else index.to(x.device)
     size = 2 * batch.rows, 2 * batch.columns
-    with (
-        autocast(x.device.type),
-        sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
-    ):
+    with autocast(x.device.type), sdpa_kernel(ATTENTION):
         return run(Flux(model), model, request, tokens, size, Levels.of(levels, index), memory, sink)[0].float()
 
 
@@ -365,8 +362,9 @@ def train(
         with resuming(path):
             model.load_state_dict(unpack("model", tensors))
             questions.load_state_dict(unpack("questions", tensors))
-            for key, value in unpack("average", tensors).items():
-                average.values[key].copy_(value)
+            known = unpack("average", tensors)
+            for key, value in average.values.items():
+                value.copy_(known[key])
             average.steps = facts["step"]
             for i, opt in enumerate(opts):
                 load_optimiser(opt, unpack(f"optimiser{i}", tensors))
