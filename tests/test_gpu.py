@@ -4,11 +4,12 @@ import gc
 import io
 from contextlib import redirect_stdout
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_families import MAKERS, ROLL, TEXT_TO_IMAGE, WITH_CONTROL, apart, draw, make, picture
+from tiny_families import CPU, MAKERS, ROLL, TEXT_TO_IMAGE, WITH_CONTROL, apart, draw, make, picture
 
 from rolling_diffusion import Card, roll
 
@@ -70,6 +71,13 @@ def test_offloaded_pipelines_draw_the_same(name, way):
     assert apart(draw(pipe, arguments), stock) < 1e-4
 
 
+def test_groups_offloaded_in_a_stream_draw_the_same():
+    pipe, arguments = on_gpu("FluxPipeline")
+    expected = draw(roll(pipe), arguments, **ROLL)
+    pipe.to("cpu").enable_group_offload(torch.device("cuda"), CPU, offload_type="leaf_level", use_stream=True)
+    assert apart(draw(roll(pipe), arguments, **ROLL), expected) < 1e-4
+
+
 @pytest.mark.parametrize("name", TEXT_TO_IMAGE)
 def test_guides_circles_and_what_is_given(name):
     pipe, arguments = on_gpu(name)
@@ -118,6 +126,16 @@ def test_models_quantised_by_torchao_roll(bits):
     quantization.quantize_(pipe.transformer, getattr(quantization, bits)())
     found = draw(roll(pipe), arguments, **ROLL).float()
     assert 0 < (found - expected).norm() / expected.norm() < 0.2
+
+
+def test_models_quantised_by_bitsandbytes_roll(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    pipe, arguments = on_gpu("FluxPipeline")
+    expected = draw(roll(pipe), arguments, **ROLL)
+    pipe.transformer.save_pretrained(tmp_path)
+    config = diffusers.BitsAndBytesConfig(load_in_8bit=True)
+    pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path, quantization_config=config)
+    assert 0 < (draw(roll(pipe), arguments, **ROLL) - expected).norm() / expected.norm() < 0.1
 
 
 # The embedded model.

@@ -58,38 +58,12 @@ def test_offloaded_pipelines_draw_the_same(name, way):
         assert pipe.transformer.device == torch.device("meta")  # so its weights were fetched, and put away
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def on_gpu(arguments):
-    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
-
-
-@needs_gpu
-def test_groups_offloaded_in_a_stream_draw_the_same():
-    pipe, arguments = make("FluxPipeline")
-    expected = draw(roll(pipe.to("cuda")), on_gpu(arguments), **ROLL)
-    pipe.to("cpu").enable_group_offload(torch.device("cuda"), CPU, offload_type="leaf_level", use_stream=True)
-    assert apart(draw(roll(pipe), on_gpu(arguments), **ROLL), expected) < 1e-4
-
-
 # Fewer bits.
 
 
 def distance(found, expected):
     """Relative to what is expected; not 0, or nothing was changed."""
     return float((found - expected).norm() / expected.norm())
-
-
-@needs_gpu
-def test_models_quantised_by_bitsandbytes_roll(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    pipe, arguments = make("FluxPipeline")
-    expected = draw(roll(pipe.to("cuda")), on_gpu(arguments), **ROLL)
-    pipe.transformer.save_pretrained(tmp_path)
-    config = diffusers.BitsAndBytesConfig(load_in_8bit=True)
-    pipe.transformer = type(pipe.transformer).from_pretrained(tmp_path, quantization_config=config)
-    assert 0 < distance(draw(roll(pipe), on_gpu(arguments), **ROLL), expected) < 0.1
 
 
 @pytest.mark.parametrize("name", TEXT_TO_IMAGE)

@@ -7,6 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from own_memory import counted
 from PIL import Image
 from tiny_families import WITH_CONTROL, draw, make
 from tiny_pipeline import call, pipeline
@@ -490,23 +491,8 @@ def test_what_rolls_on_a_long_canvas_takes_the_same_memory_however_long_it_is(mo
 @pytest.mark.parametrize("name", [*WITH_CONTROL, "Flux2KleinPipeline"])
 @pytest.mark.parametrize("lag", [None, "autoregressive"])
 def test_memory_that_was_replaced_is_gone_at_once(name, lag, monkeypatch):
-    """Not only when Python looks for objects that know each other, which on a GPU it seldom does."""
-    alive, most, made = weakref.WeakSet(), 0, 0
-    stock = core_memory._Joined.__init__
-
-    def counted(self, *args, **options):
-        nonlocal most, made
-        stock(self, *args, **options)
-        alive.add(self)
-        most, made = max(most, len(alive)), made + 1
-
     pipe, arguments = make(name)
-    monkeypatch.setattr(core_memory._Joined, "__init__", counted)
     branches = 1 + (name in ("Flux2KleinPipeline", "FluxControlNetPipeline"))
-    gc.collect()
-    gc.disable()
-    try:
+    with counted(core_memory, monkeypatch) as sizes:
         draw(roll(pipe), arguments, window=16, overlap=8, draft=1, lag=lag)
-    finally:
-        gc.enable()
-    assert made > 2 and most <= branches + 1, "each branch's own, and the one that takes another's place"
+    assert len(sizes) > 2 and max(sizes) <= branches + 1, "each branch's own, and the one that takes another's place"

@@ -138,13 +138,13 @@ def test_text_training_reads_back_what_it_wrote(tmp_path):
 
 def test_a_new_model_predicts_nothing_and_both_losses_have_gradients(source):
     model = new_transformer()
-    batch = source.draw(128, 128, 2)
+    batch = source.finish(source.sketch(128, 128, 2))
     expected = (batch.noise - batch.tokens).square().mean()
     loss, chosen = uniform_loss(model, source, batch)
     assert torch.equal(chosen, batch.own) and len(chosen) == 64
     assert torch.isclose(loss, expected, rtol=1e-3)
     for turn in range(12):  # draws whole canvases, memories and crops alike, and pictures that continue another
-        batch = source.draw(128, 128, 2, [None, *STEPS][turn % 5])
+        batch = source.finish(source.sketch(128, 128, 2, [None, *STEPS][turn % 5]))
         model.zero_grad()
         rolling_loss(model, source, batch)[0].backward()
         grad = model.proj_out.weight.grad
@@ -153,7 +153,7 @@ def test_a_new_model_predicts_nothing_and_both_losses_have_gradients(source):
 
 @pytest.mark.parametrize("side", STEPS)
 def test_a_stretch_sees_the_picture_that_it_continues_and_learns_none_of_it(source, side):
-    batch = source.draw(192, 128, 2, side)
+    batch = source.finish(source.sketch(192, 128, 2, side))
     picture = batch.ids[batch.own]
     assert picture.amin(0).tolist() == [0, 0, 0] and picture.amax(0).tolist() == [0, 7, 11]
     others = torch.ones(len(batch.ids), dtype=torch.bool)
@@ -223,7 +223,7 @@ def test_labels_say_what_stands_at_a_token():
 def test_questions_teach_the_middle_and_listen_to_every_kind_of_call(source):
     model = new_transformer()
     questions = Questions(model)
-    batch = source.draw(128, 128, 2)
+    batch = source.finish(source.sketch(128, 128, 2))
     uniform_loss(model, source, batch)
     questions(batch.labels).backward()
     assert model.transformer_blocks[0].attn.to_q.weight.grad is not None
@@ -342,6 +342,6 @@ def test_sample_grids_show_the_averaged_weights_and_leave_training_as_it_was(vae
     new, averaged, other = (np.asarray(Image.open(tmp_path / f"{n}.png")) for n in ("new", "averaged", "own"))
     assert new.shape == (512, 256, 3) and new.std() > 0
     assert (new == averaged).all() and not (new == other).all()
-    batch = source.draw(128, 128, 1)  # a grid in between does not disturb the questions
+    batch = source.finish(source.sketch(128, 128, 1))  # a grid in between does not disturb the questions
     uniform_loss(model, source, batch)
     assert questions(batch.labels).isfinite()

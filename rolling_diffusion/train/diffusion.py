@@ -113,10 +113,6 @@ class Source:
         self.rng = np.random.default_rng(seed)
         self.generator = torch.Generator().manual_seed(int(self.rng.integers(2**62)))
 
-    def draw(self, width: int, height: int, count: int, side: str | None = None) -> Batch:
-        """count pictures of so many pixels; side: where a part of the picture lies that each of them continues."""
-        return self.finish(self.sketch(width, height, count, side))
-
     def finish(self, sketch: Sketch) -> Batch:
         """What is computed on the device, so that whoever renders need not."""
         tokens = sketch.tokens.to(self.device)
@@ -127,6 +123,7 @@ class Source:
         return Batch(tokens, labels, *rest, noise=noise, text=text, pooled=pooled)
 
     def sketch(self, width: int, height: int, count: int, side: str | None = None) -> Sketch:
+        """count pictures of so many pixels; side: where a part of the picture lies that each of them continues."""
         rng = self.rng
         silent = rng.random(count) < DROP_CAPTION
         pairs = [self._scenes(width, height, side, bool(s)) for s in silent]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from own_memory import counted
 
 
 @pytest.fixture(scope="module")
@@ -293,27 +294,9 @@ def test_memory_returns_to_where_it_was(host, flux):
 
 
 def test_memory_that_was_replaced_is_gone_at_once(host, flux, monkeypatch):
-    """Not only when Python looks for objects that know each other, which on a GPU it seldom does."""
-    import gc
-    import weakref
-
-    joined, alive, most, made = rooms(host, "core.memory")._Joined, weakref.WeakSet(), 0, 0
-    stock = joined.__init__
-
-    def counted(self, *args, **options):
-        nonlocal most, made
-        stock(self, *args, **options)
-        alive.add(self)
-        most, made = max(most, len(alive)), made + 1
-
-    monkeypatch.setattr(joined, "__init__", counted)
-    gc.collect()
-    gc.disable()
-    try:
+    with counted(rooms(host, "core.memory"), monkeypatch) as sizes:
         host.ours(flux, host.tiny.latent(32, 8), window=8, overlap=4)
-    finally:
-        gc.enable()
-    assert made > 4 and most <= 3, "one for each of two prompts, and the one that takes another's place"
+    assert len(sizes) > 4 and max(sizes) <= 3, "one for each of two prompts, and the one that takes another's place"
 
 
 def test_custom_sampling_leaves_noise_over_as_stock(host, flux):
