@@ -26,6 +26,16 @@ def pictures(rolling: Any, prompts: Sequence[Prompt], seed: int, common: Mapping
     return found
 
 
+def at_once(rolling: Any, prompts: Sequence[Prompt], seed: int, common: Mapping[str, Any]) -> list[np.ndarray]:
+    """Ordinary sampling of the whole canvas in one call, each part of it with its own prompt."""
+    side = rolling.card.size
+    places = [(side * i, prompt.text) for i, prompt in enumerate(prompts)]
+    size = {"height": side, "width": side * len(prompts)}
+    way = {**size, "order": "left-to-right", "lag": 0, "output_type": "np"}
+    image = rolling(places, generator=torch.Generator().manual_seed(seed), **way, **common).images[0]
+    return np.split(np.round(image * 255).astype(np.uint8), len(prompts), 1)
+
+
 def streamed(context: int | None) -> Way:
     """`Rolling.stream`, remembering so many pixels of the stretch before; None for the default, 0 for nothing."""
 
@@ -82,7 +92,13 @@ def tiled(rolling: Any, prompts: Sequence[Prompt], seed: int, common: Mapping[st
     return np.split(image, len(prompts), 1)
 
 
-WAYS: dict[str, Way] = {"pictures": pictures, "stream": streamed(None), "no memory": streamed(0), "tiles": tiled}
+WAYS: dict[str, Way] = {
+    "pictures": pictures,
+    "stream": streamed(None),
+    "no memory": streamed(0),
+    "tiles": tiled,
+    "at once": at_once,
+}
 
 
 def evaluate_strips(
@@ -96,28 +112,36 @@ def evaluate_strips(
     keep: Callable[[str, int, np.ndarray], object] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """For each way of drawing: `summary` of the verdicts on `count` stretches, in strips of so many; how far it lies
-    above single pictures of the same prompts; what is seen at borders. common: of every call. keep: takes each strip.
+    above single pictures of the same prompts, and the stream above it; what is seen at borders.
+
+    common: keyword arguments of every call. keep: takes each strip. ValueError for a model whose windows cannot be
+    averaged as FLUX.1's are.
     """
+    kind = type(rolling.pipe).__name__
+    if kind != "FluxPipeline":
+        raise ValueError(
+            f"strips are compared for FluxPipeline, and this is {kind}: name another model, or stream with it"
+        )
     rng = np.random.default_rng([seed, 9])
     strips = [strip_prompts(rng, min(stretches, count - i), TASKS) for i in range(0, count, stretches)]
     report: dict[str, dict[str, Any]] = {}
-    reference: list[Verdict] = []
+    found: dict[str, list[Verdict]] = {}
     for name, way in WAYS.items():
-        verdicts: list[Verdict] = []
+        verdicts = found[name] = []
         seams: list[Seams] = []
         for i, prompts in enumerate(strips):
             drawn = way(rolling, prompts, FAR + 1000 * i, common or {})
-            found, borders = judge_strip(prompts, drawn, "left")
-            verdicts += found
+            judged, borders = judge_strip(prompts, drawn, "left")
+            verdicts += judged
             seams.append(borders)
             if keep is not None:
                 keep(name, i, joined(drawn, "left"))
             if progress is not None:
                 progress(name, len(verdicts), count)
-        reference = reference or verdicts
         report[name] = summary(verdicts) | {
-            "against pictures": difference(verdicts, reference),
-            "invented against pictures": more_invented(verdicts, reference),
+            "against pictures": difference(verdicts, found["pictures"]),
+            "invented against pictures": more_invented(verdicts, found["pictures"]),
+            "stream against it": difference(found.get("stream", verdicts), verdicts),
             "borders": sum(len(s.slips) for s in seams),
             "repeats": sum(s.repeats for s in seams),
             "slip": float(np.mean([slip for s in seams for slip in s.slips] or [0])),
@@ -129,14 +153,15 @@ def evaluate_strips(
 def strip_table(report: Mapping[str, Mapping[str, Any]]) -> str:
     """The report as a Markdown table."""
     lines = [
-        "| drawn as | score | against pictures | invented | repeats at borders | land slips by | step at borders |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| drawn as | score | against pictures | stream against it | invented | repeats at borders | land slips by | "
+        "step at borders |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in report.items():
-        gap = "{:+.3f} ({:+.3f} to {:+.3f})".format(*row["against pictures"])
+        gaps = ["{:+.3f} ({:+.3f} to {:+.3f})".format(*row[of]) for of in ("against pictures", "stream against it")]
         more = "{:+.3f}".format(row["invented against pictures"][0])
         lines.append(
-            f"| {name} | {row['score']:.3f} | {gap} | {row['invented']:.3f}, {more} | {row['repeats']} of "
-            f"{row['borders']} | {row['slip']:.1f} pixels | {row['step']:.2f} |"
+            f"| {name} | {row['score']:.3f} | {gaps[0]} | {gaps[1]} | {row['invented']:.3f}, {more} | "
+            f"{row['repeats']} at {row['borders']} | {row['slip']:.1f} pixels | {row['step']:.2f} |"
         )
     return "\n".join(lines)

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from PIL import Image
+from tiny_families import make
 
 from rolling_diffusion.cli import main
 from rolling_diffusion.evaluation import WAYS, OrderStudy, ceiling, evaluate, order_study, order_table, paint, table
+from rolling_diffusion.evaluation_strip import at_once, evaluate_strips
 from rolling_diffusion.pipeline import roll
 from rolling_diffusion.train.export import tokenizers
 from rolling_diffusion.train.text import clip_tokens, t5_tokens
@@ -21,7 +24,7 @@ from rolling_diffusion.train.vae import encode, linear_encoder
 from rolling_diffusion.world.detect import detect
 from rolling_diffusion.world.render import render
 from rolling_diffusion.world.scene import random_scene
-from rolling_diffusion.world.score import TASKS, make_prompts
+from rolling_diffusion.world.score import TASKS, Prompt, make_prompts
 
 EMBEDDED = Path(__file__).parent.parent / "rolling_diffusion" / "embedded"
 
@@ -148,13 +151,48 @@ def test_an_order_that_the_draft_decides_is_each_picture_s_own(pipe):
         (["--study", "order", "--draft", "3"], "--study order has its own tasks and drafts"),
         (["--study", "order", "--row", "spiral"], "the study has no row 'spiral'"),
         (["--row", "full"], "--row is of --study order"),
+        (["--strip", "2", "--height", "512"], "--height is not of --strip"),
+        (["--strip", "2", "--held-out", "0"], "--held-out is not of --strip"),
+        (["--keep", "there"], "--keep is of --strip"),
+        (["--ceiling", "--cfg", "0"], "--cfg is not of --ceiling"),
+        (["--ceiling", "--work", "here.jsonl"], "--work is not of --ceiling"),
         (["--study", "order", "--work", "no/where.jsonl"], "there is no folder"),
     ],
 )
-def test_what_the_study_cannot_do_is_one_sentence(capsys, words, sentence):
+def test_what_an_evaluation_cannot_do_is_one_sentence(capsys, words, sentence):
     assert main(["evaluate", *words]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+def test_strips_are_judged_beside_pictures_and_the_whole_at_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = "evaluate --strip 3 --prompts 6 --seed 5 --steps 3 --keep kept --json strips.json"
+    assert main(words.split(" ")) == 0
+    report, said = json.loads(Path("strips.json").read_text()), capsys.readouterr().out
+    assert list(report) == ["pictures", "stream", "no memory", "tiles", "at once"]
+    for name, row in report.items():
+        assert row["pictures"] == 6 and row["borders"] == 4 and f"| {name} | {row['score']:.3f} |" in said
+        kept = [Image.open(f"kept/{name.replace(' ', '-')}-{number}.png") for number in (1, 2)]
+        assert [picture.size for picture in kept] == [(768, 256)] * 2
+        assert row["stream against it"][0] == pytest.approx(report["stream"]["score"] - row["score"])
+    assert report["no memory"]["step"] > 3 * report["stream"]["step"]  # without memory a border is seen
+
+
+def test_the_whole_at_once_moves_every_token_in_every_call(pipe):
+    prompts = [Prompt("single object", text, (), True) for text in ("a red ball", "a blue boat")]
+    tokens = []
+    hook = pipe.pipe.transformer.x_embedder.register_forward_pre_hook(lambda _, given: tokens.append(given[0].shape[1]))
+    try:
+        drawn = at_once(pipe, prompts, 3, {"num_inference_steps": 2})
+    finally:
+        hook.remove()
+    assert set(tokens) == {2 * 256} and [picture.shape for picture in drawn] == [(256, 256, 3)] * 2
+
+
+def test_strips_of_another_pipeline_are_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="strips are compared for FluxPipeline, and this is StableDiffusion3Pipeline"):
+        evaluate_strips(roll(make("StableDiffusion3Pipeline")[0]), 2)
 
 
 def test_tokenizers_give_the_ids_that_were_trained(pipe):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from .. import __version__
 from ..defaults import Card
 from .arguments import Parser, decimal, name_in, seed, whole_number
 from .batch import identity_of
-from .files import check_apart, check_target, save_json
+from .files import check_apart, check_target, make_folder, save_json, save_png
 from .model import DTYPES, EMBEDDED, base_name, device_named, load, locate
 from .settings import check_room, check_side
 
@@ -23,7 +27,7 @@ def add_options(parser: Parser) -> None:
     )
     many = "over the six tasks (default: 240); of --study order over four, where a default rests on them (default: 480)"
     add("--prompts", type=whole_number(6), metavar="N", help=many)
-    add("--held-out", type=whole_number(0), default=0, metavar="N", help="more, of pairs never trained (default: 0)")
+    add("--held-out", type=whole_number(0), metavar="N", help="more, of pairs never trained (default: 0)")
     add("--seed", type=seed, default=0, metavar="N", help="of the prompts (default: 0)")
     add("--steps", type=whole_number(1), metavar="N", help="(default: the model's own)")
     add("--cfg", type=decimal(0), metavar="SCALE", help="(default: the model's own)")
@@ -39,6 +43,7 @@ def add_options(parser: Parser) -> None:
     add("--row", action="append", metavar="NAME", help=only)
     strip = "instead: strips of so many pictures, stretch by stretch, beside tiles and without memory (default: 16)"
     add("--strip", nargs="?", const=16, type=whole_number(2), metavar="N", help=strip)
+    add("--keep", type=Path, metavar="FOLDER", help="of --strip: a PNG of each strip in each way")
     add("--ceiling", action="store_true", help="instead: the world's own pictures, as they are and through the VAE")
     add("--batch", type=whole_number(1), default=8, metavar="N", help="pictures at a time (default: 8)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
@@ -58,7 +63,7 @@ def run(values: argparse.Namespace) -> int:
             check_target(file)
     check_apart({"--json": values.json, "--work": values.work})
     of_orders = values.study == "order"
-    if of_orders and (values.held_out or values.draft is not None):
+    if of_orders and (values.held_out is not None or values.draft is not None):
         raise ValueError("--study order has its own tasks and drafts: leave --held-out and --draft out")
     if values.row and not of_orders:
         raise ValueError("--row is of --study order: add that, or leave it out")
@@ -67,15 +72,21 @@ def run(values: argparse.Namespace) -> int:
     common = {name: value for name, value in common.items() if value is not None}
     if values.strip and values.ceiling:
         raise ValueError("--strip and --ceiling are two evaluations: say one of them")
-    if (values.strip or values.ceiling) and (values.work or values.study):
-        raise ValueError("--work and --study are not of --strip and --ceiling: leave them out")
+    for other, foreign in (("strip", ()), ("ceiling", ("steps", "cfg", "draft"))):
+        for name in ("work", "study", "held_out", "width", "height", *foreign):
+            if getattr(values, other) and getattr(values, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is not of --{other}: leave it out")
+    if values.keep and not values.strip:
+        raise ValueError("--keep is of --strip: add that, or leave it out")
     for side in common.keys() & {"width", "height"}:
         check_side(f"--{side}", common[side])
-    count = values.prompts or (480 if of_orders else 240)
+    count, held_out = values.prompts or (480 if of_orders else 240), values.held_out or 0
     device = device_named(values.device)
     folder = locate(values.model)
     card = Card.in_folder(folder)
     check_room(common.get("width", card.size), common.get("height", card.size))
+    if values.keep:
+        make_folder(values.keep)
     from tqdm import tqdm
 
     from ..evaluation import MEMORY, STUDY, WAYS, OrderStudy, Work, ceiling, evaluate, order_study, order_table, table
@@ -88,9 +99,15 @@ def run(values: argparse.Namespace) -> int:
     pipeline = load(folder, device, dtype)
     dtype = str(pipeline.pipe.dtype).removeprefix("torch.")
     if values.strip:
+        from ..evaluation_strip import WAYS as STRIPS
         from ..evaluation_strip import evaluate_strips, strip_table
 
-        report = evaluate_strips(pipeline, count, values.seed, stretches=values.strip, common=common)
+        def keep(way: str, number: int, pixels: Any) -> None:
+            save_png(values.keep / f"{way.replace(' ', '-')}-{number + 1}.png", Image.fromarray(pixels), fresh=True)
+
+        with tqdm(total=count * len(STRIPS), unit="stretch", leave=False, disable=None) as bar:
+            more = {"stretches": values.strip, "progress": telling(bar), "keep": keep if values.keep else None}
+            report = evaluate_strips(pipeline, count, values.seed, common=common, **more)
         print(strip_table(report))
         if values.json:
             print(save_json(values.json, report))
@@ -105,13 +122,7 @@ def run(values: argparse.Namespace) -> int:
     work = Work(values.work, {"model": identity_of(values.model), "dtype": dtype} if values.work else {})
     started = time.perf_counter()
     with tqdm(unit="picture", leave=False, disable=None) as bar:
-        finished: dict[str, int] = {}
-
-        def progress(way: str, done: int, total: int) -> None:
-            bar.set_description(way)
-            finished[way] = done
-            bar.update(sum(finished.values()) - bar.n)
-
+        progress = telling(bar)
         if of_orders:
             if pipeline.card != card:  # a model without a card of ours has defaults of its own
                 rows = order_study(pipeline.card, common, values.row or ())
@@ -129,13 +140,13 @@ def run(values: argparse.Namespace) -> int:
             report = study.run(progress)
         else:
             ways = {"all": STUDY, "memory": MEMORY, None: WAYS}[values.study]
-            bar.total = (count + count // 6 + values.held_out) * len(ways)
+            bar.total = (count + count // 6 + held_out) * len(ways)
             report = evaluate(
                 pipeline,
                 count,
                 values.seed,
                 ways=ways,
-                held_out=values.held_out,
+                held_out=held_out,
                 batch=values.batch,
                 common=common,
                 work=work,
@@ -143,12 +154,24 @@ def run(values: argparse.Namespace) -> int:
             )
     print(order_table(report) if of_orders else table(report))
     if values.json is not None:
-        about = {name: getattr(values, name) for name in ("model", "held_out", "seed", "batch")}
-        about["model"] = base_name(values.model)
+        about: dict[str, Any] = {"model": base_name(values.model), "held_out": held_out}
+        about |= {name: getattr(values, name) for name in ("seed", "batch")}
         about |= common | {"prompts": count, "device": device, "dtype": dtype, "version": __version__}
         about["seconds"] = round(time.perf_counter() - started, 1)
         print(f"\n{save_json(values.json, {**report, 'about': about})}")
     return 0
+
+
+def telling(bar: Any) -> Callable[[str, int, int], None]:
+    """What an evaluation tells of its progress, on a tqdm bar of all ways together."""
+    finished: dict[str, int] = {}
+
+    def tell(way: str, done: int, total: int) -> None:
+        bar.set_description(way)
+        finished[way] = done
+        bar.update(sum(finished.values()) - bar.n)
+
+    return tell
 
 
 def duration(seconds: float) -> str:

@@ -222,13 +222,16 @@ class Run:
         start: Callable[[Plan], Tensor] | None = None,
         places: Places | None = None,
         wrap: str = "",
+        balanced: int | None = None,
+        guiding: bool = False,
     ):
         """make_plan: of height, width, calls and calls a step. seeds: of the pictures, if generators were given. named:
         whether the scheduler was asked for by name. place_memory: where a plan's memory is kept, of such hidden states.
         given: what of the canvas is finished from the start. start: clean latents to begin with after the draft, where
         a guide takes its place. places: prompts that hold for parts of the canvas. wrap: axes along which it is a
-        circle, of "yx".
+        circle, of "yx". balanced: the card's `balanced_tokens`. guiding: whether the picture is another's guide.
         """
+        self.balanced, self.guiding = balanced, guiding
         self.pipe, self.family, self.make_plan, self.guidance = pipe, family, make_plan, guidance
         self.named, self.text_level, self.context_noise = named, text_level, context_noise
         self.cap, self.place_memory, self.on_tick, self.given = cap, place_memory, on_tick, given
@@ -322,7 +325,14 @@ class Run:
     @property
     def stock(self) -> bool:
         """Are all tokens at one level, and is nothing remembered? Then all is done exactly as it is asked."""
-        return self.tick < self.draft and not self.pieces and self.places is None and not self.wrap
+        return self.tick < self.draft and not (self.pieces or self.places is not None or self.wrap or self.louder)
+
+    @property
+    def louder(self) -> bool:
+        """Does the canvas roll, or guide what does, and have so many tokens that its text would be drowned?"""
+        if self.balanced is None or (self.plan.alone and not self.guiding):
+            return False
+        return self.height * self.width > self.balanced * self.family.patch**2
 
     # What the transformer is asked.
 
@@ -413,6 +423,8 @@ class Run:
         sink = keep if kind is not None and memory.rule.stores(kind) else None
         told = told.expand(len(request["hidden_states"]), -1)  # there may be but one prompt for all pictures
         size, text = (self.height, self.width), request["encoder_hidden_states"].shape[1]
+        if self.louder:
+            more["balanced"] = self.balanced
         if self.wrap:
             request, more["turn"] = self.circled(request, blocks, view, kind)
         if self.places is None or text != self.places.tokens:

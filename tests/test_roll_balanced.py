@@ -1,0 +1,94 @@
+"""On a canvas larger than the model's own, a prompt's words keep the share of attention that they were trained with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_models_families import HEIGHT, PIPELINES, WIDTH, Setting
+from tiny_families import apart, draw, make
+from tiny_pipeline import call, pipeline
+
+from rolling_diffusion import Block, Card, roll
+from rolling_diffusion.core.memory import View
+from rolling_diffusion.models.call import Levels, run
+
+CARD = Card(size=32, steps=4, window=16, overlap=8)
+
+
+def twice(request: dict[str, Any]) -> dict[str, Any]:
+    """A request in which each word is said twice: each is then attended to twice as much."""
+    names = {"encoder_hidden_states": 1, "txt_ids": 0}
+    return {n: torch.cat([x, x], names[n]) if n in names else x for n, x in request.items()}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("remembered", [0, 24])
+@torch.no_grad()
+def test_beside_twice_as_many_tokens_words_weigh_as_if_said_twice(name, remembered):
+    it = Setting(name)
+    stored: dict[int, Any] = {}
+    if remembered:
+        it.rolling([0.3], tokens=torch.arange(remembered), keep=stored)
+    blocks = [Block(0, 0, 0, HEIGHT // 2, WIDTH)]
+    view = View([stored[i] for i in range(len(stored))], None, blocks) if remembered else None
+    tokens, levels = torch.arange(remembered, 48), Levels.of(torch.tensor([0.6]) * it.scale, None)
+
+    def answer(request: dict[str, Any], balanced: int | None) -> torch.Tensor:
+        out = run(it.family, it.model, request, tokens, (HEIGHT, WIDTH), levels, view, balanced=balanced)[0]
+        return it.flat(out)[:, : len(tokens)]
+
+    plain, louder = answer(it.request, None), answer(it.request, 24)
+    assert apart(louder, answer(twice(it.request), None)) < 1e-4 < apart(plain, louder)
+    assert torch.equal(answer(it.request, 48), plain), "48 tokens are seen, as many as it was trained beside"
+
+
+def test_draft_memory_and_blocks_hear_the_words_alike():
+    """Drawn block by block, each call sees the whole canvas: all of it is as if each word were said twice."""
+    pipe, said = make("FluxPipeline")
+    tokens = said["height"] * said["width"] // 4
+    rolled, way = roll(pipe, replace(CARD, balanced_tokens=tokens // 2)), {"lag": "autoregressive", "draft": 2}
+    louder, plain = draw(rolled, said, **way), draw(roll(pipe, CARD), said, **way)
+    doubled = said | {"prompt_embeds": said["prompt_embeds"].repeat(1, 2, 1)}
+    assert apart(louder, draw(roll(pipe, CARD), doubled, **way)) < 1e-4 < apart(louder, plain)
+    assert torch.equal(draw(roll(pipe, replace(CARD, balanced_tokens=tokens)), said, **way), plain)
+
+
+def test_an_ordinary_call_is_the_pipeline_s_all_the_same():
+    pipe, arguments = make("FluxPipeline")
+    rolled = roll(pipe, replace(CARD, balanced_tokens=8))
+    assert torch.equal(draw(rolled, arguments, lag=0), draw(pipe, arguments))
+    assert torch.equal(draw(rolled, arguments, window=max(arguments["height"], 32)), draw(pipe, arguments))
+
+
+def test_a_guide_hears_the_words_too():
+    pipe, arguments = make("FluxPipeline")
+    card, heard = replace(CARD, native_tokens=48, window=None, balanced_tokens=24), []
+    tapped = pipe.transformer.x_embedder.register_forward_pre_hook(lambda _, given: heard.append(given[0].shape[1]))
+    try:
+        louder = draw(roll(pipe, card), arguments)
+    finally:
+        tapped.remove()
+    assert heard[0] == 48, "the guide comes first"
+    # With all steps but one in the guide, what is heard there is nearly all of the difference.
+    late = {"draft": 3, "guide": True}
+    silent, loud = (draw(roll(pipe, replace(card, balanced_tokens=b)), arguments, **late) for b in (None, 24))
+    assert apart(silent, loud) > 1e-3 and louder.isfinite().all()
+
+
+def test_prompts_with_places_are_heard_in_their_parts():
+    card, places = Card(window=8, overlap=4), [(0, "a red ball"), (0.5, "a blue boat")]
+    plain, loud = (call(roll(pipeline(), replace(card, balanced_tokens=b)), prompt=places, draft=1) for b in (None, 8))
+    assert apart(plain, loud) > 1e-3 and loud.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "many"])
+def test_a_card_of_another_number_is_one_sentence(value):
+    with pytest.raises(ValueError, match=r"balanced_tokens = .* and must say a whole number above 0, or null"):
+        Card(balanced_tokens=value)
+
+
+def test_the_embedded_model_was_trained_beside_a_picture_and_half_of_one(rolled):
+    assert rolled.card.balanced_tokens == 1.5 * (rolled.card.size // 16) ** 2
