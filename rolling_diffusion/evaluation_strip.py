@@ -141,12 +141,13 @@ def evaluate_strips(
         report[name] = summary(verdicts) | {
             "against pictures": difference(verdicts, found["pictures"]),
             "invented against pictures": more_invented(verdicts, found["pictures"]),
-            "stream against it": difference(found.get("stream", verdicts), verdicts),
             "borders": sum(len(s.slips) for s in seams),
             "repeats": sum(s.repeats for s in seams),
             "slip": float(np.mean([slip for s in seams for slip in s.slips] or [0])),
             "step": float(np.median([step for s in seams for step in s.steps] or [1])),
         }
+    for name, row in report.items():
+        row["stream against it"] = difference(found["stream"], found[name])
     return report
 
 

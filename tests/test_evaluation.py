@@ -176,6 +176,7 @@ def test_strips_are_judged_beside_pictures_and_the_whole_at_once(monkeypatch, tm
         kept = [Image.open(f"kept/{name.replace(' ', '-')}-{number}.png") for number in (1, 2)]
         assert [picture.size for picture in kept] == [(768, 256)] * 2
         assert row["stream against it"][0] == pytest.approx(report["stream"]["score"] - row["score"])
+    assert report["pictures"]["stream against it"] == report["stream"]["against pictures"]
     assert report["no memory"]["step"] > 3 * report["stream"]["step"]  # without memory a border is seen
 
 

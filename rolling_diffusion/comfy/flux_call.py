@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ LAYER = "rolling_diffusion_layer"  # which layer runs, in that layer's copy of t
 
 class FluxCall:
     """What the hooks of one call share. area: (height, width, top, left) in cells of the conditioning's part.
+    balanced: canvas tokens beside which the text has the attention that it was trained with; None: any number.
 
     Tokens are grouped by noise level, in raster order within a level: at one level, exactly as in the stock call.
     """
@@ -33,8 +35,10 @@ class FluxCall:
         patch: int,
         views: Sequence[View | None],
         memories: Sequence[Memory],
+        balanced: int | None = None,
     ):
         self.model, self.sampling, self.call, self.views, self.memories = model, sampling, call, views, memories
+        self.balanced = balanced
         self.height, self.width = -(-area[0] // patch), -(-area[1] // patch)
         self.levels = sorted(set(call.sigmas), reverse=True)
         spans: list[tuple[int, int, Block]] = []  # level, token, block
@@ -256,8 +260,13 @@ class FluxCall:
         if layer is not None:
             if self.memories:
                 self._store(layer, k, v)
+            own = k.shape[2]
             if self.views:
                 k, v, mask = self._append(layer, k, v, args[0] if args else kw.get("mask"))
+                args, kw = args[1:], {**kw, "mask": mask}
+            seen = len(self.tokens) + k.shape[2] - own
+            if self.balanced and seen > self.balanced:
+                mask = self._louder(k, args[0] if args else kw.get("mask"), seen / self.balanced)
                 args, kw = args[1:], {**kw, "mask": mask}
         if previous is not None:
             return previous(func, q, k, v, heads, *args, **kw)
@@ -278,11 +287,23 @@ class FluxCall:
         if mask is None and bias is not None:
             mask = torch.zeros(1, own, device=k.device, dtype=k.dtype)
         if mask is not None:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=k.dtype).masked_fill(~mask, torch.finfo(k.dtype).min)
+            mask = _added(mask, k)
             tail = torch.zeros(stored, device=k.device) if bias is None else bias
             mask = torch.cat([mask, tail.to(mask).expand(*mask.shape[:-1], stored)], -1)
         return torch.cat([k, key], 2), torch.cat([v, value], 2), mask
+
+    def _louder(self, k: Tensor, mask: Tensor | None, weight: float) -> Tensor:
+        """The mask, with so much more weight for the text, which comes first."""
+        mask = torch.zeros(1, k.shape[2], device=k.device, dtype=k.dtype) if mask is None else _added(mask, k).clone()
+        mask[..., : self.text] += math.log(weight)
+        return mask
+
+
+def _added(mask: Tensor, k: Tensor) -> Tensor:
+    """A mask as what is added to the logits."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=k.dtype).masked_fill(~mask, torch.finfo(k.dtype).min)
 
 
 def _dims_take_slices() -> bool:
