@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,12 +22,13 @@ NAMES = (
     "Flux2Pipeline, editing",
     "Flux2KleinPipeline",
 )
-# Levels that blocks share, or not; weights of memory; a cap on it; several pictures.
+# Levels that blocks share, or not; weights of memory; a cap on it; a text that weighs more (for "balanced" tokens).
 WAYS: dict[str, dict[str, Any]] = {
     "draft": {},
     "no draft": {"draft": 0, "attention_persistence": 0.5},
     "autoregressive": {"lag": "autoregressive", "memory_tokens": 100},
     "spiral": {"order": "spiral-out", "overlap": 4},
+    "balanced": {"balanced": 40},
 }
 
 
@@ -37,18 +39,20 @@ def shared(pipe: Any) -> None:
 def found(name: str) -> dict[str, Any]:
     """By way of rolling: how far the pictures of two processes are from those of one, and memory's bytes."""
     pipe, arguments = make(name)
-    rolled = roll(pipe)
-    alone, bytes_alone = {}, {}
-    for way, said in WAYS.items():
-        alone[way] = draw(rolled, arguments, **ROLL | said)
-        bytes_alone[way] = rolled.memory_bytes
+
+    def drawn(balanced: int | None = None, **said: Any) -> tuple[torch.Tensor, int]:
+        rolled = roll(pipe)
+        rolled.card = replace(rolled.card, balanced_tokens=balanced)
+        return draw(rolled, arguments, **ROLL | said), rolled.memory_bytes
+
+    alone = {way: drawn(**said) for way, said in WAYS.items()}
     stock = draw(pipe, arguments)
     shared(pipe)
     ordinary = [draw(pipe, arguments), draw(roll(pipe), arguments, lag=0)]
     told: dict[str, Any] = {"ordinary": [apart(latents, stock) for latents in ordinary]}
     for way, said in WAYS.items():
-        away = apart(draw(rolled, arguments, **ROLL | said), alone[way])
-        told[way] = [away, bytes_alone[way], rolled.memory_bytes]
+        (latents, count), (expected, count_alone) = drawn(**said), alone[way]
+        told[way] = [apart(latents, expected), count_alone, count]
     return told
 
 
