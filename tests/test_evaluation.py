@@ -170,6 +170,7 @@ def test_strips_are_judged_beside_pictures_and_the_whole_at_once(monkeypatch, tm
     words = "evaluate --strip 3 --prompts 6 --seed 5 --steps 3 --keep kept --json strips.json"
     assert main(words.split(" ")) == 0
     report, said = json.loads(Path("strips.json").read_text()), capsys.readouterr().out
+    assert main(words.split(" ")) == 2 and "kept has pictures already" in capsys.readouterr().err
     assert list(report) == ["pictures", "stream", "no memory", "tiles", "at once"]
     for name, row in report.items():
         assert row["pictures"] == 6 and row["borders"] == 4 and f"| {name} | {row['score']:.3f} |" in said

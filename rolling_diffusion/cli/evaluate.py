@@ -41,7 +41,7 @@ def add_options(parser: Parser) -> None:
     add("--study", nargs="?", const="all", type=name_in(("all", "memory", "order")), metavar="WHICH", help=what)
     only = "of --study order, this one and what it is compared with; may be given again (default: every row)"
     add("--row", action="append", metavar="NAME", help=only)
-    strip = "instead: strips of so many pictures, stretch by stretch, beside tiles and without memory (default: 16)"
+    strip = "instead: strips of so many pictures, stretch by stretch, beside tiles and all at once (default: 16)"
     add("--strip", nargs="?", const=16, type=whole_number(2), metavar="N", help=strip)
     add("--keep", type=Path, metavar="FOLDER", help="of --strip: a PNG of each strip in each way")
     add("--ceiling", action="store_true", help="instead: the world's own pictures, as they are and through the VAE")
@@ -87,6 +87,8 @@ def run(values: argparse.Namespace) -> int:
     check_room(common.get("width", card.size), common.get("height", card.size))
     if values.keep:
         make_folder(values.keep)
+        if any(values.keep.glob("*.png")):
+            raise ValueError(f"{values.keep} has pictures already: name another folder")
     from tqdm import tqdm
 
     from ..evaluation import MEMORY, STUDY, WAYS, OrderStudy, Work, ceiling, evaluate, order_study, order_table, table
@@ -103,7 +105,7 @@ def run(values: argparse.Namespace) -> int:
         from ..evaluation_strip import evaluate_strips, strip_table
 
         def keep(way: str, number: int, pixels: Any) -> None:
-            save_png(values.keep / f"{way.replace(' ', '-')}-{number + 1}.png", Image.fromarray(pixels), fresh=True)
+            save_png(values.keep / f"{way.replace(' ', '-')}-{number + 1}.png", Image.fromarray(pixels))
 
         with tqdm(total=count * len(STRIPS), unit="stretch", leave=False, disable=None) as bar:
             more = {"stretches": values.strip, "progress": telling(bar), "keep": keep if values.keep else None}

@@ -84,7 +84,8 @@ class FluxDenoiser(Canvas):
         self.given: list[Block] = []  # pieces that are finished from the start, and not yet in memory
         self.patch = self.guider.inner_model.diffusion_model.patch_size
         balanced = self.options.get("transformer_options", {}).get(BALANCED)
-        more = balanced and not plan.alone and plan.height * plan.width > balanced * self.patch**2
+        rolls = not plan.alone or plan.pieces
+        more = balanced and rolls and plan.height * plan.width > balanced * self.patch**2
         self.balanced = balanced if more else None
         self.options = copy_nested_dicts(self.options)
         add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self._evaluation, self.options, is_model_options=True)

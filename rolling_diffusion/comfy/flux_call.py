@@ -23,7 +23,8 @@ class FluxCall:
     """What the hooks of one call share. area: (height, width, top, left) in cells of the conditioning's part.
     balanced: canvas tokens beside which the text has the attention that it was trained with; None: any number.
 
-    Tokens are grouped by noise level, in raster order within a level: at one level, exactly as in the stock call.
+    Tokens are grouped by noise level, in raster order within a level: at one level, exactly as in the stock call,
+    unless words are louder.
     """
 
     def __init__(
@@ -38,7 +39,6 @@ class FluxCall:
         balanced: int | None = None,
     ):
         self.model, self.sampling, self.call, self.views, self.memories = model, sampling, call, views, memories
-        self.balanced = balanced
         self.height, self.width = -(-area[0] // patch), -(-area[1] // patch)
         self.levels = sorted(set(call.sigmas), reverse=True)
         spans: list[tuple[int, int, Block]] = []  # level, token, block
@@ -51,6 +51,10 @@ class FluxCall:
         self.places: dict[Block, list[int]] = {}
         for at, (_, _, block) in enumerate(spans):
             self.places.setdefault(block, []).append(at)
+        self.louder = 0.0  # added to the logits of the text
+        if balanced and self.tokens:
+            past = views[0].weight if views and views[0] is not None else 0
+            self.louder = max(0.0, math.log((len(self.tokens) + past) / balanced))
         self.text = 0  # text tokens, known when the first block runs
         self.dims: list[tuple] | None = None  # (start, end, level) over image tokens, if levels differ
 
@@ -260,14 +264,14 @@ class FluxCall:
         if layer is not None:
             if self.memories:
                 self._store(layer, k, v)
-            own = k.shape[2]
+            mask = args[0] if args else kw.get("mask")
             if self.views:
-                k, v, mask = self._append(layer, k, v, args[0] if args else kw.get("mask"))
-                args, kw = args[1:], {**kw, "mask": mask}
-            seen = len(self.tokens) + k.shape[2] - own
-            if self.balanced and seen > self.balanced:
-                mask = self._louder(k, args[0] if args else kw.get("mask"), seen / self.balanced)
-                args, kw = args[1:], {**kw, "mask": mask}
+                k, v, mask = self._append(layer, k, v, mask)
+            if self.louder:
+                text = torch.zeros(1, k.shape[2], device=k.device, dtype=k.dtype)
+                text[:, : self.text] = self.louder
+                mask = text if mask is None else _added(mask, k) + text
+            args, kw = ((mask, *args[1:]), kw) if args else (args, {**kw, "mask": mask})
         if previous is not None:
             return previous(func, q, k, v, heads, *args, **kw)
         return func(q, k, v, heads, *args, **kw)
@@ -291,12 +295,6 @@ class FluxCall:
             tail = torch.zeros(stored, device=k.device) if bias is None else bias
             mask = torch.cat([mask, tail.to(mask).expand(*mask.shape[:-1], stored)], -1)
         return torch.cat([k, key], 2), torch.cat([v, value], 2), mask
-
-    def _louder(self, k: Tensor, mask: Tensor | None, weight: float) -> Tensor:
-        """The mask, with so much more weight for the text, which comes first."""
-        mask = torch.zeros(1, k.shape[2], device=k.device, dtype=k.dtype) if mask is None else _added(mask, k).clone()
-        mask[..., : self.text] += math.log(weight)
-        return mask
 
 
 def _added(mask: Tensor, k: Tensor) -> Tensor:

@@ -251,10 +251,9 @@ class Call:
         shares: Shares | None,
         prompts: Prompts | None = None,
         louder: float = 0.0,
-        past: int = 0,
     ):
-        """louder: added to the attention logits of the text. past: tokens of the view."""
-        self.prompts, self.louder, self.tokens_past = prompts, louder, past
+        """louder: added to the attention logits of the text, whoever asks."""
+        self.prompts, self.louder = prompts, louder
         self.text, self.image, self.refs, self.text_first = text, image, refs, text_first
         self.levels, self.view, self.places, self.shares = levels, view, places, shares
         self.layers: list[Layer] = []
@@ -272,7 +271,8 @@ class Call:
             bias = F.pad(memory, (text + self.image, 0))[None, None, None]
         if self.louder and text:
             words = slice(text) if self.text_first else slice(self.image, self.image + text)
-            added = torch.zeros(text + self.image + self.tokens_past, device=self.places[0].device)
+            past = 0 if self.view is None else self.view.tokens
+            added = torch.zeros(text + self.image + past, device=self.places[0].device)
             added[words if self.shares is None else self.shares.words] = self.louder
             bias = added[None, None, None] if bias is None else bias + added
         return Layer(text, self.refs, self.text_first, self.levels, bias, self.shares)
@@ -320,7 +320,8 @@ def run(
     the chosen tokens already. tokens: raster positions of those to compute. view: memory to attend to. sink: takes keys
     and values of these tokens, layer by layer. prompts: where the text of the request is that of several. turn:
     of keys in memory, where their places are told from elsewhere now. balanced: image tokens beside which the text has
-    the attention that it was trained with (None: any number); the canvas's are counted, computed and in memory.
+    the attention that it was trained with (None: any number); the canvas's are counted, and those in memory by
+    their weight.
     """
     model = unwrapped(transformer)
     if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
@@ -338,9 +339,10 @@ def run(
         levels = Levels(levels.timesteps, F.pad(levels.index, (0, refs)), levels.words, levels.pooled)
     text, image = family.text_tokens(chosen), family.image_tokens(chosen)
     shares = Shares.of(model, text, image, refs)
-    past = 0 if view is None else sum(block.cells for block in view.blocks) // family.patch**2
-    louder = 0.0 if balanced is None else max(0.0, math.log((len(tokens) + past) / balanced))
-    call = Call(text, image, refs, family.text_first, levels, view, places, shares, prompts, louder, past)
+    louder = 0.0
+    if balanced is not None:
+        louder = max(0.0, math.log((len(tokens) + (0 if view is None else view.weight)) / balanced))
+    call = Call(text, image, refs, family.text_first, levels, view, places, shares, prompts, louder)
     call.sink, call.turn = sink, turn
     # Compiled code is handed plain tensors, and gives plain tensors back.
     compiled = [transformer, *family.blocks(model)]

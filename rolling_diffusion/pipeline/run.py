@@ -324,13 +324,13 @@ class Run:
 
     @property
     def stock(self) -> bool:
-        """Are all tokens at one level, and is nothing remembered? Then all is done exactly as it is asked."""
+        """Are all tokens at one level, is nothing remembered, and no word louder? Then all is done as it is asked."""
         return self.tick < self.draft and not (self.pieces or self.places is not None or self.wrap or self.louder)
 
     @property
     def louder(self) -> bool:
         """Does the canvas roll, or guide what does, and have so many tokens that its text would be drowned?"""
-        if self.balanced is None or (self.plan.alone and not self.guiding):
+        if self.balanced is None or (self.plan.alone and not (self.plan.pieces or self.guiding)):
             return False
         return self.height * self.width > self.balanced * self.family.patch**2
 
@@ -423,7 +423,7 @@ class Run:
         sink = keep if kind is not None and memory.rule.stores(kind) else None
         told = told.expand(len(request["hidden_states"]), -1)  # there may be but one prompt for all pictures
         size, text = (self.height, self.width), request["encoder_hidden_states"].shape[1]
-        if self.louder:
+        if self.louder and model is self.transformer:
             more["balanced"] = self.balanced
         if self.wrap:
             request, more["turn"] = self.circled(request, blocks, view, kind)
