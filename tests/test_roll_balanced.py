@@ -25,24 +25,26 @@ def twice(request: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-@pytest.mark.parametrize("remembered", [0, 24])
+@pytest.mark.parametrize("remembered, weight", [(0, 1.0), (24, 1.0), (24, 0.5)])
 @torch.no_grad()
-def test_beside_twice_as_many_tokens_words_weigh_as_if_said_twice(name, remembered):
+def test_beside_twice_as_many_tokens_words_weigh_as_if_said_twice(name, remembered, weight):
     it = Setting(name)
+    seen = round(48 - remembered + remembered * weight)
     stored: dict[int, Any] = {}
     if remembered:
         it.rolling([0.3], tokens=torch.arange(remembered), keep=stored)
     blocks = [Block(0, 0, 0, HEIGHT // 2, WIDTH)]
-    view = View([stored[i] for i in range(len(stored))], None, blocks) if remembered else None
+    faded = None if weight == 1 else torch.full((remembered,), weight).log()
+    view = View([stored[i] for i in range(len(stored))], faded, blocks) if remembered else None
     tokens, levels = torch.arange(remembered, 48), Levels.of(torch.tensor([0.6]) * it.scale, None)
 
     def answer(request: dict[str, Any], balanced: int | None) -> torch.Tensor:
         out = run(it.family, it.model, request, tokens, (HEIGHT, WIDTH), levels, view, balanced=balanced)[0]
         return it.flat(out)[:, : len(tokens)]
 
-    plain, louder = answer(it.request, None), answer(it.request, 24)
+    plain, louder = answer(it.request, None), answer(it.request, seen // 2)
     assert apart(louder, answer(twice(it.request), None)) < 1e-4 < apart(plain, louder)
-    assert torch.equal(answer(it.request, 48), plain), "48 tokens are seen, as many as it was trained beside"
+    assert torch.equal(answer(it.request, seen), plain), "as many are seen as it was trained beside"
 
 
 def test_draft_memory_and_blocks_hear_the_words_alike():
@@ -61,6 +63,18 @@ def test_an_ordinary_call_is_the_pipeline_s_all_the_same():
     rolled = roll(pipe, replace(CARD, balanced_tokens=8))
     assert torch.equal(draw(rolled, arguments, lag=0), draw(pipe, arguments))
     assert torch.equal(draw(rolled, arguments, window=max(arguments["height"], 32)), draw(pipe, arguments))
+
+
+def test_one_block_beside_what_is_given_hears_the_words():
+    pipe, arguments = make("FluxPipeline")
+    own = roll(pipe).family.cells(draw(pipe, arguments), 32, 24)
+    mask = torch.zeros(32, 24, dtype=torch.bool)
+    mask[:16] = True
+    plain, loud = (
+        draw(roll(pipe, replace(CARD, balanced_tokens=b)), arguments, seed=2, given=own, given_mask=mask, window=64)
+        for b in (None, 24)
+    )
+    assert apart(plain, loud) > 1e-3 and torch.equal(plain[:, :96], loud[:, :96])
 
 
 def test_a_guide_hears_the_words_too():
