@@ -146,8 +146,8 @@ class Source:
             pad = pad if across else [0, 0, *pad]
             truth, own = nn.functional.pad(truth, [0, 0, *pad]), nn.functional.pad(own, pad)
             top, left = (0, pad[0]) if across else (pad[2], 0)
-        x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-        tokens = pack_cells(encode(x, self.vae[0], self.vae[1]))
+        # One at a time, so that each stays in the processor's cache: half of the time.
+        tokens = torch.cat([self._tokens(picture) for picture in pictures])
         rows, columns = own.shape
         y, x_ = torch.meshgrid(torch.arange(rows) - top, torch.arange(columns) - left, indexing="ij")
         ids = torch.stack([torch.zeros_like(y), y, x_], -1).flatten(0, 1).float()
@@ -163,6 +163,10 @@ class Source:
         rows = int(rng.integers(2)) * STEPS[side][1] * height
         last = replace(scene, x0=TOKEN * int(rng.integers(75)), y0=rows)
         return last, follow(rng, last, side, change=not silent and rng.random() < CHANGES, shapes=SHAPES)
+
+    def _tokens(self, picture: np.ndarray) -> Tensor:
+        x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+        return pack_cells(encode(x, self.vae[0], self.vae[1]))
 
     def levels(self, count: int) -> Tensor:
         """(count,) noise levels, logit-normal, to the noisy side, where a picture's plan is decided.

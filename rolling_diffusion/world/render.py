@@ -102,18 +102,22 @@ def _ridge(depth: int) -> float:
 @lru_cache(maxsize=512)
 def _background(width: int, height: int, time: str, ground: str, hill: int, x0: int, y0: int) -> np.ndarray:
     """Sky and hills of the world without end, from its point x0, y0 on; x0 less than a PERIOD, which it repeats in."""
-    y, x = np.mgrid[y0 : y0 + height, x0 : x0 + width].astype(np.float32)
+    y, x = (np.arange(at, at + size, dtype=np.float32) for at, size in ((y0, height), (x0, width)))
     top, low = (np.array(c, np.float32) for c in SKY[time])
-    picture = top + (low - top) * np.clip(y / (0.66 * height), 0, 1)[..., None]
+    sky = top + (low - top) * np.clip(y / (0.66 * height), 0, 1)[:, None]
+    picture = np.repeat(sky[:, None], width, 1)
     depth = max(0, int(2 * (y0 / height - 1.18)))  # hills above it are hidden, but for the last
     while _ridge(depth) * height < y0 + height + 2 * SWELL:
         near = min(depth, 1)
         line = _ridge(depth) * height + SWELL * np.sin(2 * np.pi * (x / PERIOD + hill / 16 + 0.4 * depth)) * (
             1 + 0.4 * near
         )
-        cover = _cover(line - y)
         colour = np.array(HILLS[ground][depth % 2], np.float32) * np.array(SHADE[time], np.float32)
-        picture = picture * (1 - cover) + colour * cover
+        # Above the line nothing changes, and below it all is hill: only rows that it crosses are blended.
+        first, last = np.searchsorted(y, (line.min() - 1, line.max() + 1))
+        cover = _cover(line - y[first:last, None])
+        picture[first:last] = picture[first:last] * (1 - cover) + colour * cover
+        picture[last:] = colour
         depth += 1
     picture.setflags(write=False)
     return picture
