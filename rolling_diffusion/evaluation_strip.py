@@ -101,6 +101,14 @@ WAYS: dict[str, Way] = {
 }
 
 
+def check_kind(kind: str) -> None:
+    """ValueError unless a pipeline of this class can be drawn in each of the ways."""
+    if kind != "FluxPipeline":
+        raise ValueError(
+            f"strips are compared for FluxPipeline, and this is {kind}: name another model, or stream with it"
+        )
+
+
 def evaluate_strips(
     rolling: Any,
     count: int,
@@ -117,11 +125,7 @@ def evaluate_strips(
     common: keyword arguments of every call. keep: takes each strip. ValueError for a model whose windows cannot be
     averaged as FLUX.1's are.
     """
-    kind = type(rolling.pipe).__name__
-    if kind != "FluxPipeline":
-        raise ValueError(
-            f"strips are compared for FluxPipeline, and this is {kind}: name another model, or stream with it"
-        )
+    check_kind(type(rolling.pipe).__name__)
     rng = np.random.default_rng([seed, 9])
     strips = [strip_prompts(rng, min(stretches, count - i), TASKS) for i in range(0, count, stretches)]
     report: dict[str, dict[str, Any]] = {}

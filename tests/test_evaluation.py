@@ -153,6 +153,7 @@ def test_an_order_that_the_draft_decides_is_each_picture_s_own(pipe):
         (["--row", "full"], "--row is of --study order"),
         (["--strip", "2", "--height", "512"], "--height is not of --strip"),
         (["--strip", "2", "--held-out", "0"], "--held-out is not of --strip"),
+        (["--strip", "2", "--batch", "4"], "--batch is not of --strip"),
         (["--keep", "there"], "--keep is of --strip"),
         (["--ceiling", "--cfg", "0"], "--cfg is not of --ceiling"),
         (["--ceiling", "--work", "here.jsonl"], "--work is not of --ceiling"),
@@ -192,9 +193,12 @@ def test_the_whole_at_once_moves_every_token_in_every_call(pipe):
     assert set(tokens) == {2 * 256} and [picture.shape for picture in drawn] == [(256, 256, 3)] * 2
 
 
-def test_strips_of_another_pipeline_are_refused_in_one_sentence():
-    with pytest.raises(ValueError, match="strips are compared for FluxPipeline, and this is StableDiffusion3Pipeline"):
+def test_strips_of_another_pipeline_are_refused_in_one_sentence_before_it_is_loaded(tmp_path, capsys):
+    said = "strips are compared for FluxPipeline, and this is StableDiffusion3Pipeline"
+    with pytest.raises(ValueError, match=said):
         evaluate_strips(roll(make("StableDiffusion3Pipeline")[0]), 2)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')  # no part to load
+    assert main(["evaluate", "--strip", "2", "--model", str(tmp_path)]) == 2 and said in capsys.readouterr().err
 
 
 def test_tokenizers_give_the_ids_that_were_trained(pipe):

@@ -79,17 +79,23 @@ def test_one_block_beside_what_is_given_hears_the_words():
 
 def test_a_guide_hears_the_words_too():
     pipe, arguments = make("FluxPipeline")
-    card, heard = replace(CARD, native_tokens=48, window=None, balanced_tokens=24), []
-    tapped = pipe.transformer.x_embedder.register_forward_pre_hook(lambda _, given: heard.append(given[0].shape[1]))
+    card, asked, answered = replace(CARD, native_tokens=48, window=None), [], []
+    ends = [
+        pipe.transformer.x_embedder.register_forward_pre_hook(lambda _, given: asked.append(given[0].clone())),
+        pipe.transformer.proj_out.register_forward_hook(lambda _, given, out: answered.append(out.clone())),
+    ]
+    first = []  # of what the guide, which comes first, is asked and answers
     try:
-        louder = draw(roll(pipe, card), arguments)
+        for balanced in (None, 24):
+            asked.clear(), answered.clear()
+            assert draw(roll(pipe, replace(card, balanced_tokens=balanced)), arguments).isfinite().all()
+            first.append((asked[0], answered[0]))
     finally:
-        tapped.remove()
-    assert heard[0] == 48, "the guide comes first"
-    # With all steps but one in the guide, what is heard there is nearly all of the difference.
-    late = {"draft": 3, "guide": True}
-    silent, loud = (draw(roll(pipe, replace(card, balanced_tokens=b)), arguments, **late) for b in (None, 24))
-    assert apart(silent, loud) > 1e-3 and louder.isfinite().all()
+        for end in ends:
+            end.remove()
+    (silent, quiet), (loud, clear) = first
+    assert silent.shape[1] == 48 and torch.equal(silent, loud)
+    assert apart(quiet, clear) > 1e-3
 
 
 def test_prompts_with_places_are_heard_in_their_parts():

@@ -12,12 +12,14 @@ from typing import Any
 from PIL import Image
 
 from .. import __version__
-from ..defaults import Card
+from ..defaults import Card, read_index
 from .arguments import Parser, decimal, name_in, seed, whole_number
 from .batch import identity_of
 from .files import check_apart, check_target, make_folder, save_json, save_png
 from .model import DTYPES, EMBEDDED, base_name, device_named, load, locate
 from .settings import check_room, check_side
+
+BATCH = 8
 
 
 def add_options(parser: Parser) -> None:
@@ -45,7 +47,7 @@ def add_options(parser: Parser) -> None:
     add("--strip", nargs="?", const=16, type=whole_number(2), metavar="N", help=strip)
     add("--keep", type=Path, metavar="FOLDER", help="of --strip: a PNG of each strip in each way")
     add("--ceiling", action="store_true", help="instead: the world's own pictures, as they are and through the VAE")
-    add("--batch", type=whole_number(1), default=8, metavar="N", help="pictures at a time (default: 8)")
+    add("--batch", type=whole_number(1), metavar="N", help=f"pictures at a time (default: {BATCH})")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu (default: auto)")
     add("--dtype", type=name_in(DTYPES), default="auto", metavar="NAME", help=f"{', '.join(DTYPES)} (default: auto)")
     add("--json", type=Path, metavar="FILE", help="every number, for programs")
@@ -72,7 +74,7 @@ def run(values: argparse.Namespace) -> int:
     common = {name: value for name, value in common.items() if value is not None}
     if values.strip and values.ceiling:
         raise ValueError("--strip and --ceiling are two evaluations: say one of them")
-    for other, foreign in (("strip", ()), ("ceiling", ("steps", "cfg", "draft"))):
+    for other, foreign in (("strip", ("batch",)), ("ceiling", ("steps", "cfg", "draft"))):
         for name in ("work", "study", "held_out", "width", "height", *foreign):
             if getattr(values, other) and getattr(values, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is not of --{other}: leave it out")
@@ -81,10 +83,16 @@ def run(values: argparse.Namespace) -> int:
     for side in common.keys() & {"width", "height"}:
         check_side(f"--{side}", common[side])
     count, held_out = values.prompts or (480 if of_orders else 240), values.held_out or 0
+    batch = values.batch or BATCH
     device = device_named(values.device)
     folder = locate(values.model)
     card = Card.in_folder(folder)
     check_room(common.get("width", card.size), common.get("height", card.size))
+    index = Path(folder) / "model_index.json"
+    if values.strip and index.is_file():  # of others it is known only when they are loaded
+        from ..evaluation_strip import check_kind
+
+        check_kind(str(read_index(index).get("_class_name")))
     if values.keep:
         make_folder(values.keep)
         if any(values.keep.glob("*.png")):
@@ -115,7 +123,7 @@ def run(values: argparse.Namespace) -> int:
             print(save_json(values.json, report))
         return 0
     if values.ceiling:
-        report = ceiling(pipeline.pipe, count, values.seed, batch=values.batch)
+        report = ceiling(pipeline.pipe, count, values.seed, batch=batch)
         print(table(report))
         if values.json:
             print(save_json(values.json, report))
@@ -128,7 +136,7 @@ def run(values: argparse.Namespace) -> int:
         if of_orders:
             if pipeline.card != card:  # a model without a card of ours has defaults of its own
                 rows = order_study(pipeline.card, common, values.row or ())
-            study = OrderStudy(pipeline, rows, count, values.seed, batch=values.batch, common=common, work=work)
+            study = OrderStudy(pipeline, rows, count, values.seed, batch=batch, common=common, work=work)
             bar.total = sum(len(study.prompts_of(row)) for row in study.rows)
             pictures, units = study.left()
             if pictures:
@@ -149,7 +157,7 @@ def run(values: argparse.Namespace) -> int:
                 values.seed,
                 ways=ways,
                 held_out=held_out,
-                batch=values.batch,
+                batch=batch,
                 common=common,
                 work=work,
                 progress=progress,
@@ -157,7 +165,7 @@ def run(values: argparse.Namespace) -> int:
     print(order_table(report) if of_orders else table(report))
     if values.json is not None:
         about: dict[str, Any] = {"model": base_name(values.model), "held_out": held_out}
-        about |= {name: getattr(values, name) for name in ("seed", "batch")}
+        about |= {"seed": values.seed, "batch": batch}
         about |= common | {"prompts": count, "device": device, "dtype": dtype, "version": __version__}
         about["seconds"] = round(time.perf_counter() - started, 1)
         print(f"\n{save_json(values.json, {**report, 'about': about})}")

@@ -21,6 +21,7 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
 from torch import Tensor
 
+from ..core.balance import outgrown
 from ..core.memory import Memory
 from .canvas import BALANCED, KEY, Canvas
 from .drift import drift
@@ -84,9 +85,7 @@ class FluxDenoiser(Canvas):
         self.given: list[Block] = []  # pieces that are finished from the start, and not yet in memory
         self.patch = self.guider.inner_model.diffusion_model.patch_size
         balanced = self.options.get("transformer_options", {}).get(BALANCED)
-        rolls = not plan.alone or plan.pieces
-        more = balanced and rolls and plan.height * plan.width > balanced * self.patch**2
-        self.balanced = balanced if more else None
+        self.balanced = balanced if outgrown(plan, balanced, self.patch) else None
         self.options = copy_nested_dicts(self.options)
         add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self._evaluation, self.options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self._transformer, self.options, is_model_options=True)

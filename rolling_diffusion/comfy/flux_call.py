@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import comfy.ldm.flux.layers as layers
 import torch
 from torch import Tensor
+
+from ..core.balance import loudness
 
 if TYPE_CHECKING:
     from ..core.memory import Memory, View
@@ -53,8 +54,7 @@ class FluxCall:
             self.places.setdefault(block, []).append(at)
         self.louder = 0.0  # added to the logits of the text
         if balanced and self.tokens:
-            past = views[0].weight if views and views[0] is not None else 0
-            self.louder = max(0.0, math.log((len(self.tokens) + past) / balanced))
+            self.louder = loudness(len(self.tokens), views[0] if views else None, balanced)
         self.text = 0  # text tokens, known when the first block runs
         self.dims: list[tuple] | None = None  # (start, end, level) over image tokens, if levels differ
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.balance import loudness
 from ..core.memory import View
 from ..defaults import check_text_level
 from .prompts import Prompts
@@ -339,9 +339,7 @@ def run(
         levels = Levels(levels.timesteps, F.pad(levels.index, (0, refs)), levels.words, levels.pooled)
     text, image = family.text_tokens(chosen), family.image_tokens(chosen)
     shares = Shares.of(model, text, image, refs)
-    louder = 0.0
-    if balanced is not None:
-        louder = max(0.0, math.log((len(tokens) + (0 if view is None else view.weight)) / balanced))
+    louder = 0.0 if balanced is None else loudness(len(tokens), view, balanced)
     call = Call(text, image, refs, family.text_first, levels, view, places, shares, prompts, louder)
     call.sink, call.turn = sink, turn
     # Compiled code is handed plain tensors, and gives plain tensors back.

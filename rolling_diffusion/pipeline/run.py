@@ -20,6 +20,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from ..core.balance import outgrown
 from ..core.cohort import block_seed
 from ..core.difficulty import difficulty
 from ..core.guidance import project
@@ -330,9 +331,7 @@ class Run:
     @property
     def louder(self) -> bool:
         """Does the canvas roll, or guide what does, and have so many tokens that its text would be drowned?"""
-        if self.balanced is None or (self.plan.alone and not (self.plan.pieces or self.guiding)):
-            return False
-        return self.height * self.width > self.balanced * self.family.patch**2
+        return outgrown(self.plan, self.balanced, self.family.patch, guiding=self.guiding)
 
     # What the transformer is asked.
 
