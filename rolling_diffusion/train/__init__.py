@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 STAGES = {"text": 1200, "decoder": 1500}  # steps
-MINUTES = {"uniform": 250.0, "rolling": 180.0}  # wall-clock, on two CPU cores; docs/results.md has what the shipped model had
+MINUTES = {"uniform": 250.0, "rolling": 180.0}  # of two CPU cores; docs/results.md tells of the shipped model
 RATES = {"uniform": 2e-3, "rolling": 1e-3}  # of learning
 FURTHER = 0.6  # of those rates, when what is trained is trained further
 
