@@ -41,8 +41,6 @@ class Card:
     max_sequence_length  tokens of the prompt
     window, overlap      cells; window None: half of the canvas, advancing by half of itself
     native_tokens        image tokens up to which a block sees the whole canvas by default
-    balanced_tokens      image tokens beside which the text has the attention that it was trained with: where more are
-                         seen when blocks roll, its words weigh more in proportion; None: never
     memory_tokens        most tokens that are attended to in memory; None: native_tokens, as the model was made for
     extrapolation        share of its noise that a waiting block is remembered without: see make_plan
     """
@@ -59,7 +57,6 @@ class Card:
     window: int | None = 64
     overlap: int = 16
     native_tokens: int = 4096
-    balanced_tokens: int | None = None
     memory_tokens: int | None = None
     extrapolation: float = 0.0
 
@@ -70,9 +67,8 @@ class Card:
 
         for name in ("size", "steps", "max_sequence_length", "native_tokens"):
             need(_is_whole(getattr(self, name)) and getattr(self, name) > 0, name, "a whole number above 0")
-        for name in ("memory_tokens", "balanced_tokens"):
-            cap = getattr(self, name)
-            need(cap is None or (_is_whole(cap) and cap > 0), name, "a whole number above 0, or null")
+        cap = self.memory_tokens
+        need(cap is None or (_is_whole(cap) and cap > 0), "memory_tokens", "a whole number above 0, or null")
         need(isinstance(self.trained, bool), "trained", "true or false")
         need(self.text_level in TEXT_LEVELS, "text_level", f"one of {', '.join(TEXT_LEVELS)}")
         need(_is_share(self.draft), "draft", "a share from 0 to below 1")

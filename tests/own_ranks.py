@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,13 +21,12 @@ NAMES = (
     "Flux2Pipeline, editing",
     "Flux2KleinPipeline",
 )
-# Levels that blocks share, or not; weights of memory; a cap on it; a text that weighs more (for "balanced" tokens).
+# Levels that blocks share, or not; weights of memory; a cap on it.
 WAYS: dict[str, dict[str, Any]] = {
     "draft": {},
     "no draft": {"draft": 0, "attention_persistence": 0.5},
     "autoregressive": {"lag": "autoregressive", "memory_tokens": 100},
     "spiral": {"order": "spiral-out", "overlap": 4},
-    "balanced": {"balanced": 40},
 }
 
 
@@ -40,9 +38,8 @@ def found(name: str) -> dict[str, Any]:
     """By way of rolling: how far the pictures of two processes are from those of one, and memory's bytes."""
     pipe, arguments = make(name)
 
-    def drawn(balanced: int | None = None, **said: Any) -> tuple[torch.Tensor, int]:
+    def drawn(**said: Any) -> tuple[torch.Tensor, int]:
         rolled = roll(pipe)
-        rolled.card = replace(rolled.card, balanced_tokens=balanced)
         return draw(rolled, arguments, **ROLL | said), rolled.memory_bytes
 
     alone = {way: drawn(**said) for way, said in WAYS.items()}

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rolling_diffusion")
 KEY = "rolling_diffusion"  # under which this pack's wrappers stand in the options of one sampling run
-BALANCED = "rolling_diffusion_balanced"  # under which a model's transformer options say its card's balanced_tokens
 COMPILE = "torch.compile"  # ComfyUI's own key for it
 MOVING = "rolling_diffusion_moving"  # in a call's options: [(noise level, [(rows, columns) of each block at it])]
 

@@ -18,9 +18,6 @@ import torch
 from comfy.ldm.flux.model import FluxParams
 from torch import Tensor, nn
 
-from ..defaults import Card
-from .canvas import BALANCED
-
 FOLDER = Path(__file__).resolve().parents[1] / "embedded"
 
 
@@ -100,9 +97,7 @@ def load_model(folder: Path) -> Any:
     model_config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, dtypes))
     model = model_config.get_model(state, "")
     model.load_model_weights(state, "")
-    patcher = comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
-    patcher.model_options["transformer_options"][BALANCED] = Card.in_folder(folder).balanced_tokens
-    return patcher
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
 
 
 def load_vae(folder: Path) -> Any:

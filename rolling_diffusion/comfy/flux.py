@@ -21,9 +21,8 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
 from torch import Tensor
 
-from ..core.balance import outgrown
 from ..core.memory import Memory
-from .canvas import BALANCED, KEY, Canvas
+from .canvas import KEY, Canvas
 from .drift import drift
 from .flux_call import FluxCall
 
@@ -84,8 +83,6 @@ class FluxDenoiser(Canvas):
         self.call: Call | None = None
         self.given: list[Block] = []  # pieces that are finished from the start, and not yet in memory
         self.patch = self.guider.inner_model.diffusion_model.patch_size
-        balanced = self.options.get("transformer_options", {}).get(BALANCED)
-        self.balanced = balanced if outgrown(plan, balanced, self.patch) else None
         self.options = copy_nested_dicts(self.options)
         add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self._evaluation, self.options, is_model_options=True)
         add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self._transformer, self.options, is_model_options=True)
@@ -99,8 +96,7 @@ class FluxDenoiser(Canvas):
             self._remember(self.given)
             self.given = []
         level = {float(m.sigma) for m in moving}
-        plain = not (keep or self.balanced or self.memories)
-        if plain and len(level) == 1 and self.covers([m.block for m in moving]):
+        if not keep and len(level) == 1 and not self.memories and self.covers([m.block for m in moving]):
             out = self.whole(moving)
             self.show(moving, out)
             return out
@@ -236,8 +232,7 @@ class FluxDenoiser(Canvas):
             for branch in branches:
                 memories.append(self.memories.setdefault(branch, Memory(self.rule)))
                 self.stored[branch] = self.stored.get(branch, frozenset()) | {(call.store, b) for b in call.blocks}
-        seen = views if any(views) else []
-        one = FluxCall(model, self.sampling, call, area, self.patch, seen, memories, self.balanced)
+        one = FluxCall(model, self.sampling, call, area, self.patch, views if any(views) else [], memories)
         if not one.tokens:
             channels = model.out_channels // self.patch**2
             return x.new_zeros((x.shape[0], channels, *x.shape[2:]))

@@ -10,8 +10,6 @@ import comfy.ldm.flux.layers as layers
 import torch
 from torch import Tensor
 
-from ..core.balance import loudness
-
 if TYPE_CHECKING:
     from ..core.memory import Memory, View
     from ..core.order import Block
@@ -22,10 +20,8 @@ LAYER = "rolling_diffusion_layer"  # which layer runs, in that layer's copy of t
 
 class FluxCall:
     """What the hooks of one call share. area: (height, width, top, left) in cells of the conditioning's part.
-    balanced: canvas tokens beside which the text has the attention that it was trained with; None: any number.
 
-    Tokens are grouped by noise level, in raster order within a level: at one level, exactly as in the stock call,
-    unless words are louder.
+    Tokens are grouped by noise level, in raster order within a level: at one level, exactly as in the stock call.
     """
 
     def __init__(
@@ -37,7 +33,6 @@ class FluxCall:
         patch: int,
         views: Sequence[View | None],
         memories: Sequence[Memory],
-        balanced: int | None = None,
     ):
         self.model, self.sampling, self.call, self.views, self.memories = model, sampling, call, views, memories
         self.height, self.width = -(-area[0] // patch), -(-area[1] // patch)
@@ -52,9 +47,6 @@ class FluxCall:
         self.places: dict[Block, list[int]] = {}
         for at, (_, _, block) in enumerate(spans):
             self.places.setdefault(block, []).append(at)
-        self.louder = 0.0  # added to the logits of the text
-        if balanced and self.tokens:
-            self.louder = loudness(len(self.tokens), views[0] if views else None, balanced)
         self.text = 0  # text tokens, known when the first block runs
         self.dims: list[tuple] | None = None  # (start, end, level) over image tokens, if levels differ
 
@@ -264,14 +256,9 @@ class FluxCall:
         if layer is not None:
             if self.memories:
                 self._store(layer, k, v)
-            mask = args[0] if args else kw.get("mask")
             if self.views:
-                k, v, mask = self._append(layer, k, v, mask)
-            if self.louder:
-                text = torch.zeros(1, k.shape[2], device=k.device, dtype=k.dtype)
-                text[:, : self.text] = self.louder
-                mask = text if mask is None else _added(mask, k) + text
-            args, kw = ((mask, *args[1:]), kw) if args else (args, {**kw, "mask": mask})
+                k, v, mask = self._append(layer, k, v, args[0] if args else kw.get("mask"))
+                args, kw = ((mask, *args[1:]), kw) if args else (args, {**kw, "mask": mask})
         if previous is not None:
             return previous(func, q, k, v, heads, *args, **kw)
         return func(q, k, v, heads, *args, **kw)

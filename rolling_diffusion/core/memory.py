@@ -25,15 +25,6 @@ class View:
         self.bias = bias
         """(tokens,) added to the logits, or None when every weight is 1."""
 
-    @property
-    def tokens(self) -> int:
-        return self._layers.tokens if isinstance(self._layers, _Joined) else self._layers[0][0].shape[1]
-
-    @property
-    def weight(self) -> float:
-        """How many tokens of weight 1 they weigh together."""
-        return self.tokens if self.bias is None else float(self.bias.exp().sum())
-
     def layer(self, i: int) -> KeyValue:
         """Key and value of layer i, each (B, tokens, heads, dim), on the device of the computation."""
         return self._layers[i]
@@ -58,10 +49,6 @@ class _Joined:
         key, value = self.joined[i]
         # From host memory only the layer at work is copied to the device; on the device this is no copy.
         return key.to(self.device, non_blocking=True), value.to(self.device, non_blocking=True)
-
-    @property
-    def tokens(self) -> int:
-        return sum(next(iter(part.values()))[0].shape[1] for part in self.parts)
 
     def _join(self, i: int) -> None:
         pairs = [part[i] for part in self.parts]

@@ -21,7 +21,6 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.balance import loudness
 from ..core.memory import View
 from ..defaults import check_text_level
 from .prompts import Prompts
@@ -250,10 +249,8 @@ class Call:
         places: Any,
         shares: Shares | None,
         prompts: Prompts | None = None,
-        louder: float = 0.0,
     ):
-        """louder: added to the attention logits of the text, whoever asks."""
-        self.prompts, self.louder = prompts, louder
+        self.prompts = prompts
         self.text, self.image, self.refs, self.text_first = text, image, refs, text_first
         self.levels, self.view, self.places, self.shares = levels, view, places, shares
         self.layers: list[Layer] = []
@@ -269,12 +266,6 @@ class Call:
             bias = self.prompts.bias(text, self.refs, self.text_first, memory)
         elif memory is not None:
             bias = F.pad(memory, (text + self.image, 0))[None, None, None]
-        if self.louder and text:
-            words = slice(text) if self.text_first else slice(self.image, self.image + text)
-            past = 0 if self.view is None else self.view.tokens
-            added = torch.zeros(text + self.image + past, device=self.places[0].device)
-            added[words if self.shares is None else self.shares.words] = self.louder
-            bias = added[None, None, None] if bias is None else bias + added
         return Layer(text, self.refs, self.text_first, self.levels, bias, self.shares)
 
     def past(self, i: int) -> tuple[Tensor, Tensor]:
@@ -311,7 +302,6 @@ def run(
     sink: Sink | None = None,
     prompts: Prompts | None = None,
     turn: Callable[[Tensor], Tensor] | None = None,
-    balanced: int | None = None,
     **more: Any,
 ) -> tuple:
     """The transformer's answer to a request on chosen tokens, in the form that its forward gives.
@@ -319,9 +309,7 @@ def run(
     request: arguments of the forward for the whole canvas, of `size` (height, width) cells; more: those that are for
     the chosen tokens already. tokens: raster positions of those to compute. view: memory to attend to. sink: takes keys
     and values of these tokens, layer by layer. prompts: where the text of the request is that of several. turn:
-    of keys in memory, where their places are told from elsewhere now. balanced: image tokens beside which the text has
-    the attention that it was trained with (None: any number); the canvas's are counted, and those in memory by
-    their weight.
+    of keys in memory, where their places are told from elsewhere now.
     """
     model = unwrapped(transformer)
     if torch.is_grad_enabled() and getattr(model, "gradient_checkpointing", False):
@@ -339,8 +327,7 @@ def run(
         levels = Levels(levels.timesteps, F.pad(levels.index, (0, refs)), levels.words, levels.pooled)
     text, image = family.text_tokens(chosen), family.image_tokens(chosen)
     shares = Shares.of(model, text, image, refs)
-    louder = 0.0 if balanced is None else loudness(len(tokens), view, balanced)
-    call = Call(text, image, refs, family.text_first, levels, view, places, shares, prompts, louder)
+    call = Call(text, image, refs, family.text_first, levels, view, places, shares, prompts)
     call.sink, call.turn = sink, turn
     # Compiled code is handed plain tensors, and gives plain tensors back.
     compiled = [transformer, *family.blocks(model)]

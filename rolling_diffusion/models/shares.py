@@ -58,7 +58,6 @@ class Shares:
         # Where the canvas's tokens are when each process has brought its text and its part of the image.
         tokens = torch.arange(sum(self.sizes)).split(self.sizes)
         self.canvas = torch.cat([part[text:] for part, text in zip(tokens, self.texts)])[: -refs or None]
-        self.words = torch.cat([part[:text] for part, text in zip(tokens, self.texts)])
 
     @classmethod
     def of(cls, model: Any, text: int, image: int, refs: int) -> Shares | None:

@@ -238,8 +238,6 @@ class Rolling:
             start=start,
             places=places,
             wrap=wrap or "",
-            balanced=card.balanced_tokens,
-            guiding=self.guiding,
         )
         stepper, levels = choose(copy.deepcopy(pipe.scheduler), sampler, scheduler_sigmas)
         adopt = None if stepper is levels else lambda source: take_levels(stepper, source, pipe._execution_device)

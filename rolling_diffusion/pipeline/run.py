@@ -20,7 +20,6 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from ..core.balance import outgrown
 from ..core.cohort import block_seed
 from ..core.difficulty import difficulty
 from ..core.guidance import project
@@ -223,16 +222,13 @@ class Run:
         start: Callable[[Plan], Tensor] | None = None,
         places: Places | None = None,
         wrap: str = "",
-        balanced: int | None = None,
-        guiding: bool = False,
     ):
         """make_plan: of height, width, calls and calls a step. seeds: of the pictures, if generators were given. named:
         whether the scheduler was asked for by name. place_memory: where a plan's memory is kept, of such hidden states.
         given: what of the canvas is finished from the start. start: clean latents to begin with after the draft, where
         a guide takes its place. places: prompts that hold for parts of the canvas. wrap: axes along which it is a
-        circle, of "yx". balanced: the card's `balanced_tokens`. guiding: whether the picture is another's guide.
+        circle, of "yx".
         """
-        self.balanced, self.guiding = balanced, guiding
         self.pipe, self.family, self.make_plan, self.guidance = pipe, family, make_plan, guidance
         self.named, self.text_level, self.context_noise = named, text_level, context_noise
         self.cap, self.place_memory, self.on_tick, self.given = cap, place_memory, on_tick, given
@@ -325,13 +321,8 @@ class Run:
 
     @property
     def stock(self) -> bool:
-        """Are all tokens at one level, is nothing remembered, and no word louder? Then all is done as it is asked."""
-        return self.tick < self.draft and not (self.pieces or self.places is not None or self.wrap or self.louder)
-
-    @property
-    def louder(self) -> bool:
-        """Does the canvas roll, or guide what does, and have so many tokens that its text would be drowned?"""
-        return outgrown(self.plan, self.balanced, self.family.patch, guiding=self.guiding)
+        """Are all tokens at one level, and is nothing remembered? Then all is done exactly as it is asked."""
+        return self.tick < self.draft and not (self.pieces or self.places is not None or self.wrap)
 
     # What the transformer is asked.
 
@@ -422,8 +413,6 @@ class Run:
         sink = keep if kind is not None and memory.rule.stores(kind) else None
         told = told.expand(len(request["hidden_states"]), -1)  # there may be but one prompt for all pictures
         size, text = (self.height, self.width), request["encoder_hidden_states"].shape[1]
-        if self.louder and model is self.transformer:
-            more["balanced"] = self.balanced
         if self.wrap:
             request, more["turn"] = self.circled(request, blocks, view, kind)
         if self.places is None or text != self.places.tokens:

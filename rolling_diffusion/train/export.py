@@ -26,7 +26,6 @@ CARD = {
     "max_sequence_length": LENGTH,
     "window": None,
     "native_tokens": 1024,
-    "balanced_tokens": 384,  # a picture, and half of one in memory
 }
 SHIFT = 2.0  # of the noise levels, towards noise
 

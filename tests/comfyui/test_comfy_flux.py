@@ -1,7 +1,5 @@
 """Flux in ComfyUI: a noise level per block, memory, and what happens around them."""
 
-import json
-
 import pytest
 import torch
 from own_memory import counted
@@ -196,38 +194,6 @@ def test_persistence_lookahead_cap_and_context_noise_act(host, flux):
     for change in ({"persistence": 0.5}, {"persistence": 0.0}, {"persistence": 1.0, "lookahead": 0},
                    {"persistence": 1.0, "memory_cap": 8}, {"persistence": 1.0, "context_noise": 0.2}):  # fmt: skip
         assert not torch.equal(host.ours(flux, latent, **run, **change), base), change
-
-
-def test_where_more_is_seen_than_the_text_was_trained_beside_it_weighs_more(host, flux):
-    """96 tokens, twice as many as the model says: block by block, all is as if each word were said twice."""
-    latent, option = host.tiny.latent(24, 16), host.module("canvas").BALANCED
-    run = {"steps": 4, "window": 8, "overlap": 0, "draft": 2, "persistence": 1.0}
-
-    def beside(tokens):
-        model = flux.clone()
-        model.model_options["transformer_options"][option] = tokens
-        return model
-
-    doubled = [[[torch.cat([words, words], 1), extra] for words, extra in side] for side in host.prompts]
-    plain, louder = host.ours(flux, latent, **run), host.ours(beside(48), latent, **run)
-    said_twice = host.ours(flux, latent, prompts=doubled, **run)
-    assert (louder - said_twice).abs().max() < 1e-3 < (louder - plain).abs().max()
-    assert torch.equal(host.ours(beside(96), latent, **run), plain)
-    # An ordinary call stays ComfyUI's.
-    assert torch.equal(host.ours(beside(8), latent, window=64), host.stock(beside(8), latent))
-
-
-def test_the_embedded_model_says_beside_how_much_its_text_was_trained(host, tmp_path):
-    import tiny_folder
-
-    embedded, option = host.module("embedded"), host.module("canvas").BALANCED
-    folder = tiny_folder.make(tmp_path / "model")
-    for tokens in (None, 24):
-        index = folder / "model_index.json"
-        card = {"rolling": {"balanced_tokens": tokens}} if tokens else {}
-        index.write_text(json.dumps(json.loads(index.read_text()) | card))
-        model = embedded.load_model(folder)
-        assert model.clone().model_options["transformer_options"][option] == tokens
 
 
 @pytest.mark.parametrize("kind", ["flux", "sd"])
