@@ -30,7 +30,6 @@ from rolling_diffusion.cli.batch import pictures_in, read, rows
 from rolling_diffusion.cli.files import read_record, save_png
 from rolling_diffusion.cli.main import main, make_parser
 from rolling_diffusion.cli.workers import Cluster, Task, Worker
-from rolling_diffusion.defaults import plan_for
 
 from .flux import CARD, FLUX, TEXT, arithmetic, plan_of
 
@@ -218,10 +217,10 @@ def paper(found: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     unit = arithmetic(plan_of(1024, 1024, {}), FLUX)
-    side = GIGAPIXEL // 8
     for name, way in {
         "ordinary sampling": {"lag": 0},
         "rolling, the defaults": {},
+        "rolling, no guide": {"guide": False},
         "rolling, no draft": {"draft": 0},
         "spiral-out, no draft": {"draft": 0, "order": "spiral-out"},
         "spiral-out, no draft, window 128, overlap 32": {
@@ -231,9 +230,9 @@ def paper(found: dict[str, Any]) -> str:
             "overlap": 32,
         },
     }.items():
-        plan = plan_for(CARD, side, side, 20, **way)
+        plan = plan_of(GIGAPIXEL, GIGAPIXEL, way)
         cost = plan.cost(TEXT, CARD.reach)
-        draft = side * side // plan.multiple**2 if plan.draft else 0
+        draft = plan.height * plan.width // plan.multiple**2 if plan.draft > plan.first else 0  # of the whole canvas
         moving = max(draft, cost.peak_moving_tokens)
         work = arithmetic(plan, FLUX) / unit
         seen = max(draft, cost.peak_visible_tokens)

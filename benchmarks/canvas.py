@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rolling_diffusion import Card, load, roll
+from rolling_diffusion import load, roll
 
 from .flux import CARD, CELL, FLUX, STEPS, TEXT, arithmetic, plan_of
 
@@ -79,13 +79,9 @@ def borders_of(images: np.ndarray) -> np.ndarray:
     return borders * (len(borders) - 1) / (borders.sum() - borders)
 
 
-def seam_of(images: np.ndarray) -> float:
-    """Of `borders_of`, that of the seam."""
-    return float(borders_of(images)[0])
-
-
-def circles(count: int = 24, batch: int = 6) -> list[str]:
+def circles() -> list[str]:
     """The embedded model's pictures with and without `wrap="x"`."""
+    count, batch = 24, 6
     rolled = roll(load(EMBEDDED, None, "cpu"))
     rolled.pipe.set_progress_bar_config(disable=True)
     prompts = ["on grass by day", "on sand in the evening", "in the snow at night", "a red ball", "a tree", "two stars"]
@@ -109,7 +105,7 @@ def circles(count: int = 24, batch: int = 6) -> list[str]:
 def main() -> None:
     card = replace(CARD, native_tokens=CARD.native_tokens // SHRINK**2, window=64 // SHRINK, overlap=16 // SHRINK)
     pipe = small_pipeline()
-    rolled = roll(pipe, Card.of(card.entries()))
+    rolled = roll(pipe, card)
     lines = [
         "# Canvases above the model's size",
         "Written by `python -m benchmarks.canvas`. Operations of the transformer against ordinary sampling of the same",

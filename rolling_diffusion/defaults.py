@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,6 @@ class Card:
         """The card of a model folder; of anything else, which has none, FLUX.1-dev's. ValueError as `of`."""
         index = Path(folder) / "model_index.json"
         return cls.of(read_index(index).get("rolling") if index.is_file() else None)
-
-    def entries(self) -> dict[str, Any]:
-        """What `of` reads."""
-        return asdict(self)
 
     @property
     def reach(self) -> int:

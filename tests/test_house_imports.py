@@ -21,7 +21,7 @@ ALLOWED = {
         "PIL",
     },  # the last two: what pictures are in diffusers
     "loading": {"torch", "diffusers", "transformers", "safetensors", "torchao"},  # the last for a quantiser alone
-    "world": {"numpy", "PIL", "scipy"},
+    "world": {"numpy", "scipy"},
     "evaluation": {"torch", "numpy"},
     "evaluation_strip": {"torch", "numpy"},
     "picture": {"numpy", "PIL"},

@@ -26,9 +26,9 @@ def native_attention():
     model().set_attention_backend("native")
 
 
-def past(layers: int = 4, tokens: int = 7, batch: int = 2, seed: int = 5) -> list[tuple[Tensor, Tensor]]:
-    g = torch.Generator().manual_seed(seed)
-    shape = batch, tokens, CONFIG["num_attention_heads"], CONFIG["attention_head_dim"]
+def past(layers: int = 4) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(5)
+    shape = 2, 7, CONFIG["num_attention_heads"], CONFIG["attention_head_dim"]
     return [(torch.randn(shape, generator=g), torch.randn(shape, generator=g)) for _ in range(layers)]
 
 

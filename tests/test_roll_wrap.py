@@ -8,7 +8,7 @@ from diffusers import AutoencoderTiny
 from diffusers.models.embeddings import apply_rotary_emb
 from tiny_families import apart, draw, make, normal
 
-from benchmarks.canvas import seam_of
+from benchmarks.canvas import borders_of
 from rolling_diffusion import load, roll
 from rolling_diffusion.models.registry import family_of
 from rolling_diffusion.pipeline.decoding import CircleDecoder
@@ -77,7 +77,7 @@ def test_the_embedded_model_draws_without_a_seam():
         generators = [torch.Generator().manual_seed(100 + i) for i in range(len(prompts))]
         size: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 8}
         images = rolled(prompt=prompts, generator=generators, output_type="np", wrap=wrap, **size).images
-        return seam_of(images)
+        return float(borders_of(images)[0])
 
     assert seam("x") < 1.2
     assert seam(None) > 5

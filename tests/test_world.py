@@ -1,6 +1,5 @@
 """The world: what is drawn is what was told, and the detectors see exactly that."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -37,7 +36,7 @@ from rolling_diffusion.world.score import (
     more_invented,
     summary,
 )
-from rolling_diffusion.world.strip import STEPS, follow, judge_strip, random_strip, strip_prompts
+from rolling_diffusion.world.strip import STEPS, follow, judge_strip, strip_prompts
 
 
 def test_renderers_own_pictures_score_at_least_99_percent():
@@ -81,8 +80,6 @@ def test_training_never_shows_a_held_out_pair_and_every_other():
     shown = {(t.kind, t.colour) for _ in range(2000) for t in random_scene(rng).things}
     assert not shown & HELD_OUT
     assert len(shown) == len(KINDS) * len(COLOURS) - len(HELD_OUT)
-    held = {(t.kind, t.colour) for _ in range(100) for t in random_scene(rng, held_out=True).things}
-    assert held <= HELD_OUT
 
 
 def test_captions_say_what_the_scene_shows():
@@ -196,7 +193,9 @@ def test_prompts_are_the_same_for_the_same_seed():
 @pytest.mark.parametrize("side", STEPS)
 def test_a_strip_is_one_world(side):
     rng = np.random.default_rng(3)
-    scenes = list(itertools.islice(random_strip(rng, side), 12))
+    scenes = [replace(random_scene(rng), x0=16 * int(rng.integers(75)))]
+    while len(scenes) < 12:
+        scenes.append(follow(rng, scenes[-1], side, change=rng.random() < 0.3))
     pictures = [render(scene) for scene in scenes]
     for a, b in zip(scenes, scenes[1:]):
         assert b.border == Border(side, a.time, a.ground) and (a.hill, a.width) == (b.hill, b.width)

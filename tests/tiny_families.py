@@ -59,7 +59,7 @@ def vae(channels: int = 4) -> Any:
     return made.eval()
 
 
-def flux_parts(kind: str = "FluxPipeline", **changes: Any) -> dict[str, Any]:
+def flux_parts(**changes: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     parts: dict[str, Any] = {
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
@@ -71,7 +71,7 @@ def flux_parts(kind: str = "FluxPipeline", **changes: Any) -> dict[str, Any]:
 
 def flux(kind: str = "FluxPipeline", **changes: Any) -> tuple[Any, dict[str, Any]]:
     """A pipeline of FLUX.1 and the prompt of its calls."""
-    pipe = getattr(diffusers, kind)(**flux_parts(kind, **changes))
+    pipe = getattr(diffusers, kind)(**flux_parts(**changes))
     return pipe, {"prompt_embeds": normal(1, 7, 24), "pooled_prompt_embeds": normal(1, 20)}
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".gif", ".webp", ".mp4")
 MOST_FRAMES = 30  # of an animation; a longer run is sampled evenly
+SECONDS, HOLD = 4.0, 1.5  # that it lasts, and that its last frame is held for after that
 
 
 class Film:
@@ -30,14 +31,14 @@ class Film:
             self.frames.append(self.veil.over(preview(tick)))
 
 
-def save_animation(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0, hold: float = 1.5) -> Path:
-    """Frames of one size, by suffix: about `seconds` long, the last frame held for `hold` more."""
-    each = min(0.2, max(0.04, seconds / len(frames)))
+def save_animation(path: Path, frames: Sequence[Image.Image]) -> Path:
+    """Frames of one size, as an animation of the kind that the suffix says."""
+    each = min(0.2, max(0.04, SECONDS / len(frames)))
     kind = path.suffix.lower()
     if kind == ".mp4":
-        held = [*frames, *[frames[-1]] * round(hold / each)]
+        held = [*frames, *[frames[-1]] * round(HOLD / each)]
         return put(path, lambda part: _write_mp4(part, held, 1 / each))
-    milliseconds = [round(1000 * each)] * (len(frames) - 1) + [round(1000 * hold)]
+    milliseconds = [round(1000 * each)] * (len(frames) - 1) + [round(1000 * HOLD)]
     options: dict[str, Any] = {"save_all": True, "duration": milliseconds, "loop": 0, "format": kind[1:].upper()}
     if kind == ".webp":
         options |= {"quality": 85, "method": 4}

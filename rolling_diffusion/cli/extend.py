@@ -13,11 +13,11 @@ from ..defaults import SIDE, Card, context_of
 from .arguments import Parser, whole_number
 from .files import check_target, free, read_picture, save_png
 from .generate import DEFAULTS as OF_PICTURES
-from .generate import add_model_options, add_sampling_options, check_text
+from .generate import add_model_options, add_sampling_options, call_options, check_text
 from .model import EMBEDDED, device_named, load_said, locate, resolved, warnings_of
 from .replay import record
 from .settings import add_plan_options, check_room, complete, fitted
-from .stream import NO_STREAM, bar_of, call_options, plan_of_stretch, teller
+from .stream import NO_STREAM, bar_of, plan_of_stretch, teller
 
 DEFAULTS: dict[str, Any] = {
     **{name: value for name, value in OF_PICTURES.items() if name not in (*NO_STREAM, "order", "prompts")},

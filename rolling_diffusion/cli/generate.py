@@ -276,26 +276,44 @@ def pictures_of(said: dict[str, Any]) -> tuple[Image.Image | None, Image.Image |
     return image, mask
 
 
+def call_options(pipeline: Rolling, settings: dict[str, Any], said: frozenset[str], **start: Any) -> dict[str, Any]:
+    """Arguments of a call, but for its prompt and size; ValueError for what the pipeline does not take.
+
+    start: what it starts from, None for what it does not. What was not said of the plan is left to the call, which fits
+    it by the same rules: to the steps that a picture to start from leaves, and to each stretch of a canvas that grows.
+    """
+    start["negative_prompt"] = settings["negative_prompt"] or None
+    start = {name: value for name, value in start.items() if value is not None}
+    for name in start:
+        if name not in pipeline.parameters:
+            option = {"mask_image": "--mask"}.get(name, f"--{name.replace('_', '-')}")
+            raise ValueError(f"{option} is not for {type(pipeline.pipe).__name__}, which takes no {name}: leave it out")
+    names = ("window", "overlap", "draft", "lookahead", "extrapolation")
+    return (
+        start
+        | {name: settings[name] for name in names if name in said}
+        | {
+            "num_inference_steps": settings["steps"],
+            "cfg": settings["cfg"],
+            "attention_persistence": settings["persistence"],
+            "lag": settings["lag"],
+            "sampler": settings["sampler"],
+            "scheduler_sigmas": settings["scheduler"],
+        }
+    )
+
+
 def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | None = None) -> Image.Image:
     """One picture; `film` is shown every frame."""
     import torch
     from tqdm import tqdm
 
     start = {"image": job.image, "mask_image": job.mask, "strength": settings["strength"]}
-    start = {name: value for name, value in start.items() if value is not None}
-    if settings["negative_prompt"]:
-        start["negative_prompt"] = settings["negative_prompt"]
-    for name in start:
-        if name not in pipeline.parameters:
-            option = {"mask_image": "--mask"}.get(name, f"--{name.replace('_', '-')}")
-            raise ValueError(f"{option} is not for {type(pipeline.pipe).__name__}, which takes no {name}: leave it out")
-    # What was not said is fitted by the same rules once more: to the steps that a picture to start from leaves, too.
-    names = ("window", "overlap", "draft", "lookahead", "extrapolation")
-    fit = {name: settings[name] for name in names if name in job.said}
+    options = call_options(pipeline, settings, job.said, **start)
     if settings["wrap"]:
-        fit["wrap"] = settings["wrap"]
+        options["wrap"] = settings["wrap"]
     if "guide" in job.said:
-        fit["guide"] = GUIDE[settings["guide"]]
+        options["guide"] = GUIDE[settings["guide"]]
     blocks = job.plan.blocks
     bar = tqdm(total=job.plan.ticks, unit="call", leave=False, disable=None if ranks.first() else True)
 
@@ -312,18 +330,11 @@ def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, film: Film | Non
             prompt=shared_out(settings["prompts"]) if settings["prompts"] else settings["prompt"],
             width=settings["width"],
             height=settings["height"],
-            num_inference_steps=settings["steps"],
-            cfg=settings["cfg"],
             order=settings["order"],
-            **fit,
-            attention_persistence=settings["persistence"],
-            lag=settings["lag"],
-            sampler=settings["sampler"],
-            scheduler_sigmas=settings["scheduler"],
+            **options,
             generator=torch.Generator("cpu").manual_seed(settings["seed"]),
             on_tick=on_tick,
             return_dict=False,
-            **start,
         )
     return images[0]
 

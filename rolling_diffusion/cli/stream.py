@@ -14,7 +14,7 @@ from ..core.order import STRAIGHT, Block, Route, route_of
 from ..defaults import CELL, SIDE, TOKEN, Card, context_of
 from .arguments import Parser, fail, whole_number
 from .generate import DEFAULTS as OF_PICTURES
-from .generate import add_model_options, add_sampling_options, check_text, notes_of_defaults
+from .generate import add_model_options, add_sampling_options, call_options, check_text, notes_of_defaults
 from .model import EMBEDDED, device_named, load_said, locate, resolved, warnings_of
 from .prompts import add_prompts, check_said, shared_out, take_prompts, texts_of
 from .replay import record, replayed
@@ -210,26 +210,6 @@ def draw(pipeline: Rolling, settings: dict[str, Any], job: Job, state: Any) -> N
         )
         for strip in strips:
             output.add(strip.start, strip.pixels, strip.state)
-
-
-def call_options(pipeline: Rolling, settings: dict[str, Any], said: frozenset[str]) -> dict[str, Any]:
-    """Arguments of a call, the same for every stretch. What was not said is fitted to each."""
-    fit = {
-        name: settings[name] for name in ("window", "overlap", "draft", "lookahead", "extrapolation") if name in said
-    }
-    if settings["negative_prompt"]:
-        if "negative_prompt" not in pipeline.parameters:
-            kind = type(pipeline.pipe).__name__
-            raise ValueError(f"--negative-prompt is not for {kind}, which takes no negative_prompt: leave it out")
-        fit["negative_prompt"] = settings["negative_prompt"]
-    return fit | {
-        "num_inference_steps": settings["steps"],
-        "cfg": settings["cfg"],
-        "attention_persistence": settings["persistence"],
-        "lag": settings["lag"],
-        "sampler": settings["sampler"],
-        "scheduler_sigmas": settings["scheduler"],
-    }
 
 
 def teller(bar: Any, ends: Iterable[int], done: int = 0) -> Callable[[Tick], None]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.patcher_extension
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -41,6 +42,23 @@ def is_compiled(options: dict) -> bool:
     """Did a node put torch.compile on this model?"""
     kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
     return COMPILE in options.get("transformer_options", {}).get("wrappers", {}).get(kind, {})
+
+
+def plane(area: Sequence[int]) -> tuple[int, int, int, int]:
+    """Height, width, top, left of an area, which for video has a time axis too."""
+    half = len(area) // 2
+    return area[half - 2], area[half - 1], area[-2], area[-1]
+
+
+def masked(args: tuple, kw: dict, like: Tensor, change: Callable[[Tensor | None], Tensor | None]) -> tuple[tuple, dict]:
+    """What ComfyUI's attention takes after (q, k, v, heads), with its mask changed, in the place where it stands.
+
+    change: is given the mask, if there is one, as what is added to the logits; that of booleans in the dtype of like.
+    """
+    mask = args[0] if args else kw.get("mask")
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
+    return ((change(mask), *args[1:]), kw) if args else (args, {**kw, "mask": change(mask)})
 
 
 class BlockModel:

@@ -22,7 +22,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_neste
 from torch import Tensor
 
 from ..core.memory import Memory
-from .canvas import KEY, Canvas
+from .canvas import KEY, Canvas, plane
 from .drift import drift
 from .flux_call import FluxCall
 
@@ -243,17 +243,11 @@ def _snap(cond: dict, patch: int, shape: Sequence[int]) -> dict:
     """The conditioning with its area grown to whole tokens: (height, width, top, left) in cells."""
     if "area" not in cond:
         return cond
-    height, width, top, left = cond["area"][-4:] if len(cond["area"]) == 4 else _flat(cond["area"])
+    height, width, top, left = plane(cond["area"])
     bottom = min(math.ceil((top + height) / patch) * patch, shape[0])
     right = min(math.ceil((left + width) / patch) * patch, shape[1])
     top, left = top // patch * patch, left // patch * patch
     return {**cond, "area": (bottom - top, right - left, top, left)}
-
-
-def _flat(area: Sequence[int]) -> tuple[int, int, int, int]:
-    """A video area (frames, height, width, first, top, left) without its frames."""
-    half = len(area) // 2
-    return area[half - 2], area[half - 1], area[-2], area[-1]
 
 
 def _rows(value: Any, index: Tensor, total: int) -> Any:

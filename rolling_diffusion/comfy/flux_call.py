@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import comfy.ldm.flux.layers as layers
 import torch
 from torch import Tensor
+
+from .canvas import masked
 
 if TYPE_CHECKING:
     from ..core.memory import Memory, View
@@ -257,8 +260,10 @@ class FluxCall:
             if self.memories:
                 self._store(layer, k, v)
             if self.views:
-                k, v, mask = self._append(layer, k, v, args[0] if args else kw.get("mask"))
-                args, kw = ((mask, *args[1:]), kw) if args else (args, {**kw, "mask": mask})
+                pairs = [view.layer(layer) for view in self.views if view is not None]
+                key, value = (torch.cat(t).transpose(1, 2).to(k) for t in zip(*pairs))
+                args, kw = masked(args, kw, k, partial(self._mask, k, key.shape[2]))
+                k, v = torch.cat([k, key], 2), torch.cat([v, value], 2)
         if previous is not None:
             return previous(func, q, k, v, heads, *args, **kw)
         return func(q, k, v, heads, *args, **kw)
@@ -270,25 +275,14 @@ class FluxCall:
                 index = torch.tensor(places, device=k.device) + self.text
                 memory.put(self.call.store or "", block, layer, *(t[:, :, index].transpose(1, 2) for t in (key, value)))
 
-    def _append(self, layer: int, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        pairs = [view.layer(layer) for view in self.views if view is not None]
-        key, value = (torch.cat(t).transpose(1, 2).to(k) for t in zip(*pairs))
-        own, stored = k.shape[2], key.shape[2]
+    def _mask(self, k: Tensor, stored: int, mask: Tensor | None) -> Tensor | None:
+        """The mask of these keys, with so many tokens of memory at their weights after them."""
         bias = self.views[0].bias if self.views[0] is not None else None
-        if mask is None and bias is not None:
-            mask = torch.zeros(1, own, device=k.device, dtype=k.dtype)
-        if mask is not None:
-            mask = _added(mask, k)
-            tail = torch.zeros(stored, device=k.device) if bias is None else bias
-            mask = torch.cat([mask, tail.to(mask).expand(*mask.shape[:-1], stored)], -1)
-        return torch.cat([k, key], 2), torch.cat([v, value], 2), mask
-
-
-def _added(mask: Tensor, k: Tensor) -> Tensor:
-    """A mask as what is added to the logits."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=k.dtype).masked_fill(~mask, torch.finfo(k.dtype).min)
+        if mask is None and bias is None:
+            return None
+        mask = torch.zeros(1, k.shape[2], device=k.device, dtype=k.dtype) if mask is None else mask
+        tail = torch.zeros(stored, device=k.device) if bias is None else bias
+        return torch.cat([mask, tail.to(mask).expand(*mask.shape[:-1], stored)], -1)
 
 
 def _dims_take_slices() -> bool:

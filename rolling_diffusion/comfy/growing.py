@@ -9,18 +9,11 @@ import torch
 from torch import Tensor
 
 from ..core import growing
-from ..core.cohort import block_seed
 from ..core.growing import Along, Stretch
-from ..core.order import Block, route_of
 from .flux import per_block_noise
 from .nodes import sample_latent
 from .notes import Notes
 from .settings import Settings, cell_pixels
-
-
-def way_of(order: str) -> Along:
-    route = route_of(order)
-    return Along(2 if route.axis == "rows" else 3, route.backwards)
 
 
 class Growing:
@@ -31,7 +24,7 @@ class Growing:
     ):
         """order: along which the canvas grows; that of the settings is one stretch's."""
         self.model, self.settings, self.cfg, self.sampler_name = model, settings, cfg, sampler_name
-        self.way, self.notes = way_of(order), Notes()
+        self.way, self.notes = Along.of(order), Notes()
         self.cell = cell_pixels(model.model)
         flux, _ = per_block_noise(model.model, model.model_options)
         self.multiple = model.model.diffusion_model.patch_size if flux else 2 if self.cell <= 8 else 1
@@ -65,20 +58,13 @@ class Growing:
         """The cells of the stretch of this number. before: the end of what it goes on from."""
         way = self.way
         seen = 0 if before is None else before.shape[way.axis]
-        shape = [across, across]
-        shape[way.axis - 2] = seen + part.length
+        height, width = way.shape(across, seen + part.length)
         channels = self.model.model.latent_format.latent_channels
-        samples = torch.zeros(batch, channels, *shape)
-        latent: dict[str, Any] = {"samples": samples}
-        origin = None
+        latent, origin = {"samples": torch.zeros(batch, channels, height, width)}, None
         if before is not None:
-            mask = torch.ones(1, 1, *shape)
-            way.cut(samples, 0, seen).copy_(before)
-            way.cut(mask, 0, seen).zero_()
-            latent["noise_mask"] = mask
-            origin = (0, 0) if way.backwards else (seen, 0) if way.axis == 2 else (0, seen)
-        at = (part.start, 0) if way.axis == 2 else (0, part.start)
-        seed = block_seed(self.settings.seed, Block(number, *at, 0, 0))
+            samples, there, origin = way.given(before.expand(batch, -1, -1, -1), height, width)
+            latent = {"samples": samples, "noise_mask": 1 - there.float()}
+        seed = way.seed(self.settings.seed, number, part.start)
         out = sample_latent(self.model, positive, negative, latent, seed, self.cfg, self.sampler_name, self.sigmas,
                             self.settings, notes=self.notes, origin=origin)["samples"]  # fmt: skip
         out = out.squeeze(2) if out.ndim == 5 else out

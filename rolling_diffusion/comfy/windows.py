@@ -29,7 +29,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_neste
 from torch import Tensor
 
 from ..core.order import rest_of
-from .canvas import KEY, BlockModel, Canvas, log
+from .canvas import KEY, BlockModel, Canvas, log, masked, plane
 
 if TYPE_CHECKING:
     from ..core.order import Block
@@ -222,7 +222,7 @@ class WindowDenoiser(Canvas):
         rows, columns = x.shape[-2:]
         box, area = window, (rows, columns, 0, 0)
         if "area" in cond:
-            area = height, width, top, left = _plane(cond["area"])
+            area = height, width, top, left = plane(cond["area"])
             y, z = max(top, window[2]), max(left, window[3])
             bottom = min(top + height, window[2] + window[0])
             right = min(left + width, window[3] + window[1])
@@ -294,10 +294,7 @@ class WindowDenoiser(Canvas):
         def attention(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kw: Any) -> Tensor:
             bias = self._bias(grids, q, k, kw)
             if bias is not None:
-                mask = args[0] if args else kw.get("mask")
-                if mask is not None and mask.dtype == torch.bool:
-                    mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-                args, kw = args[1:], {**kw, "mask": bias if mask is None else mask + bias}
+                args, kw = masked(args, kw, q, lambda mask: bias if mask is None else mask + bias)
                 self.used = True
             if previous is not None:
                 return previous(func, q, k, v, heads, *args, **kw)
@@ -396,12 +393,6 @@ def plan_of_windows(plan: Plan, model: Any = None) -> str:
     rows.append(f"calls   {calls}")
     rows.append(f"cost    {cells} cells, {cells / (plan.steps * math.prod(canvas)):.2f} of ordinary sampling")
     return "\n".join(rows)
-
-
-def _plane(area: Sequence[int]) -> Box:
-    """Height, width, top, left of an area, which for video has a time axis too."""
-    half = len(area) // 2
-    return area[half - 2], area[half - 1], area[-2], area[-1]
 
 
 def _grids(weights: Tensor) -> dict[int, Tensor]:

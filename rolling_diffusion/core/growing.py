@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .order import whole
+from .cohort import block_seed
+from .order import Block, route_of, whole
 
 BLEND = 8  # cells over which two pieces are blended, where a decoder sees the whole canvas
 # The order that leads away from each side of a picture.
@@ -99,6 +100,30 @@ class Along:
 
     axis: int
     backwards: bool
+
+    @classmethod
+    def of(cls, order: str) -> Along:
+        """The way of an order by rows or columns."""
+        route = route_of(order)
+        return cls(2 if route.axis == "rows" else 3, route.backwards)
+
+    def shape(self, across: int, length: int) -> tuple[int, int]:
+        """Height and width of a canvas so long."""
+        return (length, across) if self.axis == 2 else (across, length)
+
+    def seed(self, seed: int, number: int, start: int) -> int:
+        """That of the stretch of this number, which begins so many cells along the way."""
+        return block_seed(seed, Block(number, *self.shape(0, start), 0, 0))
+
+    def given(self, before: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """A canvas that begins with `before`; where it is that, (1, 1, height, width); and the corner of what follows,
+        in rows and columns, where its prompt's picture begins."""
+        seen = before.shape[self.axis]
+        canvas = before.new_zeros(*before.shape[:2], height, width)
+        there = torch.zeros(1, 1, height, width, dtype=torch.bool)
+        self.cut(canvas, 0, seen).copy_(before)
+        self.cut(there, 0, seen).fill_(True)
+        return canvas, there, (0, 0) if self.backwards else self.shape(0, seen)
 
     def join(self, *parts: Tensor) -> Tensor:
         return torch.cat(parts[::-1] if self.backwards else parts, self.axis)

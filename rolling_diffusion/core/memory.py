@@ -36,8 +36,8 @@ class _Joined:
     The blocks then hold slices of the concatenation, so that memory is stored once, not twice.
     """
 
-    def __init__(self, parts: list[Layers], device: torch.device, share: bool):
-        self.parts, self.device, self.share = parts, device, share
+    def __init__(self, parts: list[Layers], device: torch.device):
+        self.parts, self.device = parts, device
         self.joined: Layers = {}
 
     def __getitem__(self, i: int) -> KeyValue:
@@ -54,21 +54,20 @@ class _Joined:
         pairs = [part[i] for part in self.parts]
         key, value = (torch.cat(tensors, dim=1) for tensors in zip(*pairs))
         self.joined[i] = key, value
-        if self.share:
-            counts = [k.shape[1] for k, _ in pairs]
-            for part, k, v in zip(self.parts, key.split(counts, 1), value.split(counts, 1)):
-                part[i] = k, v
+        counts = [k.shape[1] for k, _ in pairs]
+        for part, k, v in zip(self.parts, key.split(counts, 1), value.split(counts, 1)):
+            part[i] = k, v
 
 
 class Memory:
     """Keys and values that blocks in motion attend to, by a rule; one Memory per conditioning branch.
 
     Under the rule's cap, finished blocks that are not seen are freed when a view is taken. `device`: where to store
-    (None: where they were computed). Gradients end at `put`, unless grad=True.
+    (None: where they were computed). Gradients end at `put`.
     """
 
-    def __init__(self, rule: Rule | None = None, *, device: torch.device | str | None = None, grad: bool = False):
-        self.rule, self.device, self.grad = rule or Rule(), device, grad
+    def __init__(self, rule: Rule | None = None, *, device: torch.device | str | None = None):
+        self.rule, self.device = rule or Rule(), device
         self._stored: dict[Kind, dict[Block, Layers]] = {"finished": {}, "waiting": {}}
         self._compute: torch.device | None = None
         self._forget()
@@ -111,20 +110,20 @@ class Memory:
             for key, value in layers.values()
         )
 
-    def view(self, moving: Sequence[Block], waiting: bool = True, free: bool = True) -> View | None:
-        """What the blocks in motion see, never themselves; None if nothing. waiting=False: finished blocks only.
+    def view(self, moving: Sequence[Block], free: bool = True) -> View | None:
+        """What the blocks in motion see, never themselves; None if nothing.
 
         free=False: free nothing that is out of sight, because these blocks lie ahead of those in motion.
         """
-        question = (tuple(moving), waiting, free)
+        question = (tuple(moving), free)
         if question not in self._view:
             self._view.clear()
-            self._view[question] = self._select(moving, waiting, free)
+            self._view[question] = self._select(moving, free)
         return self._view[question]
 
-    def _select(self, moving: Sequence[Block], waiting: bool, free: bool) -> View | None:
+    def _select(self, moving: Sequence[Block], free: bool) -> View | None:
         rule = self.rule
-        kinds: tuple[Kind, ...] = ("finished", "waiting") if waiting else ("finished",)
+        kinds: tuple[Kind, ...] = ("finished", "waiting")
         seen: list[tuple[Kind, Block, int]] = []  # kind, block, cells between it and the nearest block in motion
         for kind in kinds:
             within = rule.within(kind)
@@ -160,7 +159,7 @@ class Memory:
                 layers = self._stored[kind].get(block, {})
                 layers.update({i: (self._own(k), self._own(v)) for i, (k, v) in layers.items()})
             assert self._compute is not None
-            self._joined = _Joined([self._stored[k][b] for k, b in chosen], self._compute, share=not self.grad)
+            self._joined = _Joined([self._stored[k][b] for k, b in chosen], self._compute)
             self._chosen = chosen
         return self._joined
 
@@ -173,11 +172,8 @@ class Memory:
         return torch.tensor(logs, dtype=torch.float32).repeat_interleave(torch.tensor(counts)).to(self._compute)
 
     def _own(self, tensor: Tensor) -> Tensor:
-        """The tensor on the memory's device, in storage that holds nothing else, cut from its graph unless grad."""
-        tensor = tensor.to(self.device or tensor.device)
-        if self.grad:
-            return tensor
-        tensor = tensor.detach()
+        """The tensor on the memory's device, in storage that holds nothing else, cut from its graph."""
+        tensor = tensor.to(self.device or tensor.device).detach()
         return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
     def _forget(self) -> None:

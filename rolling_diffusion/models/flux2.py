@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2ParallelSelfAttnProcessor
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .call import Call, Slot, embed_levels, forward, modulate_output, processor
 from .family import Family
-from .flux import Flux, pack, unpack
+from .flux import Flux, pack
 
 
 def _image(self: Any, temb: Tensor) -> Tensor:
@@ -41,12 +41,7 @@ class Flux2(Family):
     def most_shift(self, config: Any) -> float | None:
         return compute_empirical_mu(MOST_TOKENS, 50)  # above one megapixel it is the same for any number of steps
 
-    def cells(self, latents: Tensor, height: int, width: int) -> Tensor:
-        return unpack(latents, height, width)
-
-    def latents(self, cells: Tensor) -> Tensor:
-        return pack(cells)
-
+    cells, latents, blocks = Flux.cells, Flux.latents, Flux.blocks
     shifted, moved, turns, around, turned = Flux.shifted, Flux.moved, Flux.turns, Flux.around, Flux.turned
 
     def encode(self, pipe: Any, pixels: Tensor) -> Tensor:
@@ -71,9 +66,6 @@ class Flux2(Family):
             raise ValueError("a cache of the references' keys cannot be combined with rolling: take Flux2KleinPipeline")
         tokens = self.with_references(tokens, request, height, width)
         return request | {"hidden_states": x[:, tokens], "img_ids": ids[..., tokens, :]}
-
-    def blocks(self, model: Any) -> Iterable[Any]:
-        return [*model.transformer_blocks, *model.single_transformer_blocks]
 
     def swaps(self, model: Any, call: Call) -> Iterator[Slot]:
         yield forward(model.time_guidance_embed, embed_levels)

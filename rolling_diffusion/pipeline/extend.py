@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.growing import AWAY, Along
-from ..core.order import route_of, whole
+from ..core.order import whole
 from ..defaults import context_of
 
 
@@ -36,8 +36,8 @@ def extend(
         raise ValueError(f"side is {side!r}, and must be one of {', '.join(AWAY)}")
     pixels = whole("pixels", pixels, 1)
     order, family, pipe = AWAY[side], rolling.family, rolling.pipe
-    route = route_of(order)
-    way, axis = Along(2 if route.axis == "rows" else 3, route.backwards), 0 if route.axis == "rows" else 1
+    way = Along.of(order)
+    axis = way.axis - 2
     cell = pipe.vae_scale_factor
     unit = cell * family.patch
     own = rolling.card.size if stretch is None else stretch
@@ -49,7 +49,7 @@ def extend(
     # Beyond what is committed, the encoder sees more of the picture, as far as the model was made for.
     crop = min(max(seen, rolling.card.size), there) // unit * unit
     seen = min(seen, crop)
-    part = known.take(range(crop) if route.backwards else range(there - crop, there), axis)
+    part = known.take(range(crop) if way.backwards else range(there - crop, there), axis)
     missing = -across % unit
     part = np.pad(part, [(0, missing) if i == 1 - axis else (0, 0) for i in range(3)], "edge")
     x = pipe.image_processor.preprocess(Image.fromarray(part))
@@ -75,7 +75,7 @@ def extend(
     new = way.cut(new.narrow(5 - way.axis, 0, across), 0, cell + pixels)
     new = way.matched(new, way.last(_tensor(known), cell))
     added = (new[0].movedim(0, -1) * 255).round().to(torch.uint8).numpy()
-    return Image.fromarray(np.concatenate([added, known] if route.backwards else [known, added], axis))
+    return Image.fromarray(np.concatenate([added, known] if way.backwards else [known, added], axis))
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:

@@ -10,7 +10,6 @@ classifier-free guidance, against the empty prompt if there is no other.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from diffusers.utils import logging
@@ -20,17 +19,11 @@ from ..defaults import Card
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """How the answers to a prompt and to its negative are joined: as the pipeline does it, or projected."""
-
-    projected: bool = False
-
-
 def decide(
     card: Card, parameters: Collection[str], said: Mapping[str, Any], cfg: float | None, distilled: bool
-) -> tuple[Guidance, dict[str, Any]]:
-    """What `cfg` comes to, as arguments of a pipeline's call.
+) -> tuple[bool, dict[str, Any]]:
+    """Whether the answers to a prompt and its negative are joined by projection, not as the pipeline joins them; and
+    what `cfg` comes to, as arguments of its call.
 
     parameters: names that the call takes. said: those that were given. distilled: whether guidance is an input of the
     model. guidance_scale and true_cfg_scale, when given, act as the pipeline has them; cfg is one number in their
@@ -49,20 +42,20 @@ def decide(
         cfg = card.cfg
     if "true_cfg_scale" not in parameters:
         if cfg is None:
-            return Guidance(), {}
+            return False, {}
         if "guidance_scale" not in parameters:
             raise ValueError("cfg is given, but this pipeline takes no guidance: leave it out")
-        return Guidance(), {"guidance_scale": cfg}
+        return False, {"guidance_scale": cfg}
     if cfg is None:
         if negative and said.get("true_cfg_scale", 1) <= 1:
             logger.warning("The negative prompt has no effect unless cfg, or true_cfg_scale, is above 1.")
-        return Guidance(), {}
+        return False, {}
     if not distilled:
         given = said.get("negative_prompt") is not None or negative
-        return Guidance(), {"true_cfg_scale": cfg} | ({} if given else {"negative_prompt": ""})
+        return False, {"true_cfg_scale": cfg} | ({} if given else {"negative_prompt": ""})
     if not negative:
-        return Guidance(), {"guidance_scale": cfg, "true_cfg_scale": 1.0}
-    return Guidance(projected=cfg > 1), {"guidance_scale": card.guidance, "true_cfg_scale": cfg}
+        return False, {"guidance_scale": cfg, "true_cfg_scale": 1.0}
+    return cfg > 1, {"guidance_scale": card.guidance, "true_cfg_scale": cfg}
 
 
 def _says(prompt: Any) -> bool:

@@ -147,7 +147,7 @@ class Rolling:
         text_level = card.text_level if text_level is None else text_level
         noise = card.context_noise if context_noise is None else context_noise
         check_levels(text_level, noise)
-        guidance, words = decide(self.card, self.parameters, said, cfg, _distilled(model))
+        projected, words = decide(self.card, self.parameters, said, cfg, _distilled(model))
         said |= words
         self._complete(said)
         generator = said.get("generator")
@@ -226,7 +226,7 @@ class Rolling:
             pipe,
             family,
             make_plan,
-            guidance,
+            projected,
             seeds=seeds,
             named=sampler is not None or scheduler_sigmas is not None,
             text_level=text_level,

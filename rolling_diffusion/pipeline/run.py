@@ -33,7 +33,6 @@ from ..models.family import Family, Place
 from ..models.prompts import Prompts
 from ..models.registry import control_of
 from .given import Source
-from .guidance import Guidance
 from .places import Places
 
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it lie evenly on a circle, however many
@@ -209,7 +208,7 @@ class Run:
         pipe: Any,
         family: Family,
         make_plan: Callable[[int, int, int, int], Plan],
-        guidance: Guidance,
+        projected: bool,
         *,
         seeds: Sequence[int] | None,
         named: bool,
@@ -229,7 +228,7 @@ class Run:
         a guide takes its place. places: prompts that hold for parts of the canvas. wrap: axes along which it is a
         circle, of "yx".
         """
-        self.pipe, self.family, self.make_plan, self.guidance = pipe, family, make_plan, guidance
+        self.pipe, self.family, self.make_plan, self.projected = pipe, family, make_plan, projected
         self.named, self.text_level, self.context_noise = named, text_level, context_noise
         self.cap, self.place_memory, self.on_tick, self.given = cap, place_memory, on_tick, given
         self.start, self.begun, self.places = start, None, places
@@ -341,7 +340,7 @@ class Run:
             request = self.family.blend(request, self.begun, 1.0)
         if self.stock:
             answer = self.transformer(**request)
-            if not self.guidance.projected:
+            if not self.projected:
                 return answer
             return (self.guided(branch, request, answer[0], None),)
         if branch == len(self.memories):
@@ -533,7 +532,7 @@ class Run:
     def guided(self, branch: int, request: dict[str, Any], answer: Tensor, moving: Sequence[int] | None) -> Tensor:
         """Where the two branches are to be joined in another way than the pipeline's, the second one's answer is such
         that the pipeline's formula gives what is wanted: n + s (p - n) = p + (s - 1) d for n = p - d."""
-        if not self.guidance.projected:
+        if not self.projected:
             return answer
         if branch == 0:
             self.positive = answer

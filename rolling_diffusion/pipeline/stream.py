@@ -15,9 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.cohort import block_seed
 from ..core.growing import Along, stretches
-from ..core.order import Block, route_of
 from .decoding import Decoder
 from .given import Source
 
@@ -52,8 +50,7 @@ def stream(
     """`Rolling.stream`, in cells, all of it checked."""
     family, pipe = rolling.family, rolling.pipe
     cell = pipe.vae_scale_factor
-    route = route_of(order)
-    way = Along(2 if route.axis == "rows" else 3, route.backwards)
+    way = Along.of(order)
     if state is not None:
         _check_state(state, way, across, cell)
     number, written = (0, 0) if state is None else (int(state["number"]), int(state["written"]))
@@ -63,21 +60,20 @@ def stream(
         if i < number:
             continue
         seen = 0 if before is None else before.shape[way.axis]
-        size = {"height": across, "width": across}
-        size["height" if way.axis == 2 else "width"] = seen + part.length
-        at = part.start if way.axis == 2 else 0, part.start if way.axis == 3 else 0
-        generator = torch.Generator().manual_seed(block_seed(seed, Block(i, *at, 0, 0)) % 2**63)
-        given = _source(rolling, way, before, size) if before is not None and seen else None
+        height, width = way.shape(across, seen + part.length)
+        generator = torch.Generator().manual_seed(way.seed(seed, i, part.start) % 2**63)
+        given = Source(pipe, family, *way.given(before, height, width)) if before is not None and seen else None
         rolling(
             prompt=part.prompt,
             order=order,
             given=given,
             generator=generator,
             output_type="latent",
-            **{name: cells * cell for name, cells in size.items()},
+            height=height * cell,
+            width=width * cell,
             **options,
         )
-        cells = family.cells(rolling.latents, size["height"], size["width"])
+        cells = family.cells(rolling.latents, height, width)
         new = way.last(cells, part.length)
         before = way.last(cells, context)
         pixels = decoder.add(new, part.last)
@@ -99,14 +95,3 @@ def _check_state(state: Mapping[str, Tensor], way: Along, across: int, cell: int
         raise ValueError(
             f"the state is of a canvas {seen * cell} pixels across, and this one has {across * cell}: say the same"
         )
-
-
-def _source(rolling: Any, way: Along, before: Tensor, size: Mapping[str, int]) -> Source:
-    """The end of the stretch before as what is given of the next canvas."""
-    height, width, seen = size["height"], size["width"], before.shape[way.axis]
-    canvas = before.new_zeros(*before.shape[:2], height, width)
-    mask = torch.zeros(1, 1, height, width, dtype=torch.bool)
-    way.cut(canvas, 0, seen).copy_(before)
-    way.cut(mask, 0, seen).fill_(True)
-    origin = (0, 0) if way.backwards else (seen, 0) if way.axis == 2 else (0, seen)
-    return Source(rolling.pipe, rolling.family, canvas, mask, origin)

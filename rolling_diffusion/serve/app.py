@@ -34,6 +34,7 @@ PAGES = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
+UPLOAD = 20 * 2**20  # most bytes of a form with pictures
 FORMS = 4  # that are read, and whose pictures are decoded, at a time: so many uploads are in memory at most
 NAME = re.compile(r"[0-9a-f]{32}\.(png|jpeg|webp)")  # of a picture, in its URL; none that can be guessed
 POLICY = (
@@ -48,12 +49,10 @@ def make_app(
     limits: Limits | None = None,
     key: str | None = None,
     folder: Path | None = None,
-    upload: int = 20 * 2**20,
 ) -> FastAPI:
     """The application, for uvicorn or whatever else serves ASGI.
 
     key: that callers have to bring. folder: where pictures are written, so that they can be had by URL; None: nowhere.
-    upload: most bytes of a form with pictures.
     """
     limits = limits or Limits.of(studio.card)
     card = studio.card
@@ -76,7 +75,7 @@ def make_app(
         Guard,
         key=key,
         open_paths={*PAGES, "/health"},
-        upload=upload,
+        upload=UPLOAD,
         metrics=studio.metrics,
     )
 
@@ -135,7 +134,7 @@ def make_app(
     @app.post("/v1/images/edits")
     async def edits(request: Request) -> Response:
         async with forms:
-            fields, files = await read_form(request, upload)
+            fields, files = await read_form(request, UPLOAD)
             check_model(fields.model)
             check_url(fields)
             job = await asyncio.to_thread(make_edit, fields, files, card, limits)

@@ -15,20 +15,20 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 PIXELS = 2**24  # of an upload: far below Pillow's own limit
 
 
-def opened(content: bytes, name: str, pixels: int = PIXELS) -> Image.Image:
+def opened(content: bytes, name: str) -> Image.Image:
     """An uploaded picture, upright, with its transparency; Refusal if it is none, or too large.
 
     It is decoded from memory, and its size is known, and held to the limit, before its pixels are.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.width * image.height > pixels:
-                raise wrong_picture(name, f"it has more than {pixels:,} pixels")
+            if image.width * image.height > PIXELS:
+                raise wrong_picture(name, f"it has more than {PIXELS:,} pixels")
             return ImageOps.exif_transpose(image).convert("RGBA" if image.has_transparency_data else "RGB")
     except Refusal:
         raise
     except Image.DecompressionBombError:
-        raise wrong_picture(name, f"it has more than {pixels:,} pixels") from None
+        raise wrong_picture(name, f"it has more than {PIXELS:,} pixels") from None
     except Exception:  # whatever a damaged file makes of the reader
         raise wrong_picture(name, "it is no PNG, JPEG or WebP picture that can be read") from None
 

@@ -344,7 +344,6 @@ def train(
     minutes: float,
     *,
     rate: float = 2e-3,
-    decay_from: float = 0.5,
     batch: int = 1,
     workers: int = 0,
     log=print,
@@ -352,7 +351,7 @@ def train(
 ) -> None:
     """Trains one stage, "uniform" or "rolling", for minutes of wall-clock; saves to path; resumes from it.
 
-    The rate is constant, then falls linearly from `decay_from` of the time on. batch: how many times the batches of
+    The rate is constant, then falls linearly over the second half of the time. batch: how many times the batches of
     CANVASES; the rate grows with its fourth root. workers: processes that render (0: this one). samples: draws with the
     model's averaged weights into a file, every SAMPLE_EVERY minutes and at the end.
     """
@@ -384,7 +383,7 @@ def train(
         rolling = stage == "rolling" and source.rng.random() < STAGGERED
         loss, chosen = (rolling_loss if rolling else uniform_loss)(model, source, pictures)
         doubt = questions(pictures.labels[:, chosen], teach=step >= LEARN_TO_ASK)
-        now = rate * min(1, (step + 1) / 100) * min(1, max(0.02, (1 - progress) / (1 - decay_from)))
+        now = rate * min(1, (step + 1) / 100) * min(1, max(0.02, 2 * (1 - progress)))
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = now

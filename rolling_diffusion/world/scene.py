@@ -164,10 +164,9 @@ def arrange(scene: Scene, rng: np.random.Generator) -> Scene | None:
     return None
 
 
-def random_thing(rng: np.random.Generator, held_out: bool = False) -> tuple[str, str]:
-    """(kind, colour); held_out chooses only pairs that training never shows, otherwise they never come."""
-    pairs = sorted(HELD_OUT) if held_out else TRAINED_PAIRS
-    return pairs[int(rng.integers(len(pairs)))]
+def random_thing(rng: np.random.Generator) -> tuple[str, str]:
+    """(kind, colour), never of those that are held out."""
+    return TRAINED_PAIRS[int(rng.integers(len(TRAINED_PAIRS)))]
 
 
 TRAINED_PAIRS = [(k, c) for k in KINDS for c in COLOURS if (k, c) not in HELD_OUT]
@@ -180,7 +179,6 @@ def random_scene(
     rng: np.random.Generator,
     width: int = 256,
     height: int = 256,
-    held_out: bool = False,
     shapes: Mapping[str, float] = SHAPES,
 ) -> Scene:
     """A scene of one of the shapes that captions can tell: one, two or three things, a count, or a relation."""
@@ -197,14 +195,14 @@ def random_scene(
             n = 3 if shape == "three" else int(rng.integers(2, 4))
         if n > room - 2:
             continue
-        pairs = [random_thing(rng, held_out) for _ in range(n)]
+        pairs = [random_thing(rng) for _ in range(n)]
         relation = None
         if shape == "count":
             # Half the groups share one colour, so that "three red stars" can be said.
             same = rng.random() < 0.5
             kind, colour = pairs[0]
             others = [c for k, c in TRAINED_PAIRS if k == kind]
-            rest = [colour if same or held_out else str(rng.choice(others)) for _ in pairs[1:]]
+            rest = [colour if same else str(rng.choice(others)) for _ in pairs[1:]]
             pairs = [(kind, c) for c in [colour, *rest]]
             places = [None] * n
         else:

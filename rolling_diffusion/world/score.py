@@ -81,12 +81,12 @@ def make_prompts(count: int, seed: int, tasks: Sequence[str] = TASKS) -> list[Pr
     return [make_prompt(tasks[i % len(tasks)], rng) for i in range(count)]
 
 
-def illustrate(prompt: Prompt, rng: np.random.Generator, width: int = 256, height: int = 256) -> np.ndarray:
-    """The renderer's own picture (height, width, 3), uint8, of a prompt, at a random hour, on a random ground."""
+def illustrate(prompt: Prompt, rng: np.random.Generator) -> np.ndarray:
+    """The renderer's own picture (256, 256, 3), uint8, of a prompt, at a random hour, on a random ground."""
     time, ground = str(rng.choice(TIMES)), str(rng.choice(GROUNDS))
-    scene = arrange(Scene(width, height, time, ground, prompt.wanted, prompt.relation, rng.random()), rng)
+    scene = arrange(Scene(256, 256, time, ground, prompt.wanted, prompt.relation, rng.random()), rng)
     if scene is None:
-        raise ValueError(f"{width} × {height} pixels have no room for {prompt.text!r}")
+        raise ValueError(f"a picture has no room for {prompt.text!r}")
     return render(scene)
 
 

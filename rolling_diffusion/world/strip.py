@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from .detect import NAMES, Found, colour_map, detect
-from .scene import GROUNDS, SHAPES, TIMES, Border, Scene, random_scene
+from .scene import GROUNDS, TIMES, Border, Scene, random_scene
 from .score import Prompt, Verdict, judge_objects, make_prompt
 
 # The side on which a picture's forerunner lies, and the step from that one's corner to its own, in pictures.
@@ -40,16 +40,6 @@ def follow(rng: np.random.Generator, last: Scene, side: str, *, change: bool, **
         y0=last.y0 + down * last.height,
         border=Border(side, last.time, last.ground),
     )
-
-
-def random_strip(
-    rng: np.random.Generator, side: str, width: int = 256, height: int = 256, shapes: Mapping[str, float] = SHAPES
-) -> Iterator[Scene]:
-    """Scenes without end, each continuing the one on its `side`."""
-    scene = replace(random_scene(rng, width, height, shapes=shapes), x0=16 * int(rng.integers(75)))
-    while True:
-        yield scene
-        scene = follow(rng, scene, side, change=rng.random() < CHANGES, shapes=shapes)
 
 
 def joined(pictures: Sequence[np.ndarray], side: str) -> np.ndarray:

@@ -43,7 +43,7 @@ def test_a_strip_is_its_slices_and_what_the_vae_decodes_of_the_whole(host, parts
 
     monkeypatch.setattr(growing.Growing, "stretch", stretch)
     image, folder = stream(host, parts, autoregressive_order=order)
-    way = growing.way_of(order)
+    way = growing.Along.of(order)
     size = (32, 384) if way.axis == 3 else (384, 32)
     assert image.shape == (1, *size, 3) and [each.shape[way.axis] for each in drawn] == [16] * 3
     files = sorted(output.glob("one/strip_*/*"))
