@@ -372,3 +372,12 @@ def test_sdxl_is_told_where_its_window_begins(host, refiner):
     tops = [min(max(8 * block + 4 - height // 2, 0) // 4 * 4, 32 - height) for block in range(4)]
     for (_, y), top in zip(told, tops, strict=True):
         assert torch.allclose(y, expected(8 + top * 512 / 32), atol=1e-5)
+
+
+def test_a_mask_that_is_changed_stays_where_it_stood(host):
+    masked, like = host.module("canvas").masked, torch.zeros(2)
+    args, kw = masked((torch.tensor([True, False]), "precision"), {"other": 1}, like, lambda mask: mask + 1)
+    assert args[1:] == ("precision",) and kw == {"other": 1}
+    assert args[0][0] == 1 and args[0][1] < -1e30
+    args, kw = masked((), {"mask": None}, like, lambda mask: like if mask is None else mask)
+    assert args == () and kw == {"mask": like}
