@@ -1,6 +1,7 @@
 """Training: the encoder that is written down, the states that are trained on, and checkpoints that survive a kill."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
@@ -14,8 +15,9 @@ from torch.utils.data import DataLoader
 
 pytest.importorskip("diffusers")
 
+from rolling_diffusion.cli import main
 from rolling_diffusion.defaults import Card
-from rolling_diffusion.train.checkpoint import Average, read, write
+from rolling_diffusion.train.checkpoint import SAID, Average, read, write
 from rolling_diffusion.train.diffusion import (
     CANVASES,
     Sketches,
@@ -277,6 +279,107 @@ def test_a_checkpoint_is_whole_or_the_old_one(tmp_path):
         write(path, {"a": "no tensor"}, step=2)  # type: ignore[dict-item]
     assert read(path)[1] == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@contextmanager
+def full_disk():
+    """No file grows beyond 16 KiB: safetensors fails as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture()
+def stages(vae, monkeypatch):
+    """`train` whose stages take no time; returns what the first of them does, which may be replaced."""
+    first = {"text": lambda path: write(path, {"a": torch.zeros(1)}, steps=1)}
+
+    def text(path, *_, **__):
+        first["text"](path)
+        return new_encoders()
+
+    monkeypatch.setattr("rolling_diffusion.train.text.train_text", text)
+    monkeypatch.setattr("rolling_diffusion.train.vae.pictures", lambda *_: None)
+    monkeypatch.setattr("rolling_diffusion.train.vae.new_vae", lambda _: vae)
+    for name in ("diffusion.train", "vae.train_decoder", "samples.Samples"):
+        monkeypatch.setattr(f"rolling_diffusion.train.{name}", lambda *_, **__: None)
+    return first
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_former_files(stages, tmp_path, capsys):
+    path, model = tmp_path / "work" / "text.safetensors", tmp_path / "model"
+    command = ["train", "--work", str(path.parent), "-o", str(model)]
+    write(path, {"a": torch.ones(1)}, step=1)
+    stages["text"] = lambda path: write(path, {"a": torch.zeros(2**16)}, step=2)
+    with full_disk():
+        assert main(command) == 1
+    assert capsys.readouterr().err == f"rolling-diffusion: cannot read or write: {path}: File too large\n"
+    assert read(path)[1] == {"step": 1} and list(path.parent.iterdir()) == [path]
+    stages["text"] = lambda _: None
+    assert main(command) == 0
+    before = {file: file.read_bytes() for file in model.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    with full_disk():
+        assert main(command) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"rolling-diffusion: cannot read or write: {model}: ") and error.count("\n") == 1
+    assert {file: file.read_bytes() for file in model.rglob("*") if file.is_file()} == before
+
+
+def test_checkpoints_are_gone_on_with_by_what_they_were_made_with(stages, vae, tmp_path, capsys):
+    work, first, other = tmp_path / "work", tmp_path / "first", tmp_path / "other"
+    for number, folder in enumerate((first, other)):
+        export(folder, new_transformer(number), *new_encoders(), vae, rolling=True)
+
+    def said(*more):
+        """Its exit code, and what it says on stderr, one line where it refuses."""
+        capsys.readouterr()
+        code = main(["train", "--work", str(work), "-o", str(tmp_path / "model"), *more])
+        error = capsys.readouterr().err
+        assert code != 2 or error.count("\n") == 1
+        return code, error
+
+    def killed(path):
+        assert (work / SAID).is_file()  # before the first checkpoint
+        raise KeyboardInterrupt
+
+    kept, stages["text"] = stages["text"], killed
+    assert said("--seed", "9")[0] == 130
+    stages["text"] = kept
+    assert said()[0] == said()[0] == 0  # nothing was made with seed 9
+    assert list(work.glob("*.partial")) == []
+    free = ("--uniform-minutes", "300", "--rolling-minutes", "200", "--workers", "1", "--device", "cpu")
+    assert said(*free, "-o", str(tmp_path / "elsewhere"))[0] == 0
+    for option, was in {"seed": 0, "text-steps": 1200, "decoder-steps": 1500, "batch": 1}.items():
+        assert said(f"--{option}", "7") == (
+            2,
+            f"rolling-diffusion: {work} holds checkpoints of other settings, --{option} was {was}, and is now 7: "
+            "say the same, name another --work, or delete it\n",
+        )
+    code, error = said("--start", str(first))
+    assert code == 2 and "--start was nothing, and is now a model of SHA-256 " in error
+    work = tmp_path / "further"
+    assert said("--start", str(first))[0] == 0
+    write(work / "uniform.safetensors", {"a": torch.zeros(1)}, step=1)
+    assert said("--start", str(first))[0] == 0
+    assert said("--start", str(other))[0] == 2
+    code, error = said()
+    assert code == 2 and "--start was a model of SHA-256 " in error and "and is now nothing: say the same" in error
+    first.rename(tmp_path / "gone")
+    other.rename(first)
+    assert said("--start", str(first))[0] == 2  # the same name, another model
+    assert said("--start", str(tmp_path / "gone"))[0] == 0
+    assert "holds no vae" in said("--start", str(tmp_path))[1]
+    for harm in (b"{", b"[]", b"{}", b"\xff"):
+        (work / SAID).write_bytes(harm)
+        code, error = said("--start", str(first))
+        assert code == 2 and f"{work / SAID} cannot be read, and tells what" in error
+    (work / SAID).unlink()  # as in earlier versions
+    assert said("--seed", "5")[0] == said("--seed", "6")[0] == 0 and not (work / SAID).exists()
 
 
 @pytest.mark.parametrize("harm", ["cut", "foreign", "unsaid", "none"])

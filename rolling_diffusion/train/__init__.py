@@ -26,7 +26,8 @@ def run(
     seed: int = 0,
     log: Callable[[str], object] = print,
 ) -> None:
-    """Trains everything and writes a model folder. work: checkpoints and sample grids; a killed run resumes from them.
+    """Trains everything and writes a model folder. work: checkpoints and sample grids; a killed run resumes from them,
+    and they take no other seed, steps, batch or start (ValueError); the minutes may change.
 
     The stages: text encoders, then the transformer on uniform noise and on the states of rolling, then the decoder,
     which nothing else waits for. With rolling_minutes 0 the folder holds a model that never saw staggered noise.
@@ -36,10 +37,12 @@ def run(
     """
     import numpy as np
     import torch
+    from safetensors import SafetensorError
     from torch import nn
 
+    from .checkpoint import agree
     from .diffusion import Source, new_transformer, train
-    from .export import export, parts
+    from .export import digest, export, parts
     from .labels import Questions
     from .samples import Samples
     from .text import train_text
@@ -51,6 +54,8 @@ def run(
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} holds other files, and would be replaced: name a new folder, or a model's")
     torch.manual_seed(seed)
+    said = {"seed": seed, "text-steps": text_steps, "decoder-steps": decoder_steps, "batch": batch}
+    agree(work, said | {"start": "nothing" if start is None else f"a model of SHA-256 {digest(start)[:16]}"})
     if start is None:
         vae = new_vae(pictures(np.random.default_rng(seed), 400))
         encoders = train_text(work / "text.safetensors", text_steps, seed=seed, log=log)
@@ -70,5 +75,8 @@ def run(
     if decoder_steps:
         train_decoder(vae, work / "decoder.safetensors", decoder_steps, seed=seed, log=log)
     nn.Module.to(transformer, "cpu")
-    export(folder, transformer, *encoders, vae, rolling=rolling_minutes > 0)
+    try:
+        export(folder, transformer, *encoders, vae, rolling=rolling_minutes > 0)
+    except SafetensorError as error:  # of a full disk, where others have an OSError
+        raise OSError(f"{folder}: {error}") from None
     log(f"The model is in {folder}")

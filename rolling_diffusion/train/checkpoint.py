@@ -5,22 +5,63 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+SAID = "settings.json"  # the file beside the checkpoints that tells what they were made with
 
 
 def write(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
-    """Replaces path in one step, so that a kill leaves the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A checkpoint in the place of the one before; OSError where it cannot be written, as where the disk is full."""
+    tensors = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
+    _replace(path, save(tensors, {"facts": json.dumps(facts)}))  # save_file raises no OSError
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Replaces path in one step, so that a kill or a full disk leaves the old file or the new one, never a half."""
     partial = path.with_suffix(".partial")
-    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, partial, {"facts": json.dumps(facts)})
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None  # of a full disk, it names no file
+
+
+def agree(work: Path, said: dict[str, Any]) -> None:
+    """Notes, before the first checkpoint in work, what was said for it; ValueError where those there were made with
+    something else: a stage that finds a checkpoint goes on from it or is skipped, and tells nobody.
+
+    Checkpoints without a note, of earlier versions, are taken as they are.
+    """
+    note, made = work / SAID, any(work.glob("*.safetensors"))
+    if note.exists():
+        try:
+            kept = json.loads(note.read_text(encoding="utf-8"))
+            others = {name: kept[name] for name in said if kept[name] != said[name]}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(
+                f"{note} cannot be read, and tells what the checkpoints beside it were made with: name another --work, "
+                "or delete it"
+            ) from None
+        if made and others:
+            shown = "; ".join(f"--{name} was {was}, and is now {said[name]}" for name, was in others.items())
+            raise ValueError(
+                f"{work} holds checkpoints of other settings, {shown}: say the same, name another --work, or delete it"
+            )
+    if not made:
+        _replace(note, json.dumps(said, indent=2).encode() + b"\n")
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

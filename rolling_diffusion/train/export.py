@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -28,6 +29,7 @@ CARD = {
     "native_tokens": 1024,
 }
 SHIFT = 2.0  # of the noise levels, towards noise
+PARTS = ("vae", "text_encoder", "text_encoder_2", "transformer")  # that are trained
 
 
 def word_tokenizer(ids: dict[str, int], start: str | None, end: str, pad: str) -> PreTrainedTokenizerFast:
@@ -99,9 +101,7 @@ def _save_clip(clip: Any, folder: Path) -> None:
 
 def parts(folder: Path) -> tuple[AutoencoderTiny, tuple[T5EncoderModel, CLIPTextModel], FluxTransformer2DModel]:
     """VAE, text encoders and transformer of a folder that `export` wrote, in float32, to be trained further."""
-    for name in ("vae", "text_encoder", "text_encoder_2", "transformer"):
-        if not (folder / name / "config.json").is_file():
-            raise ValueError(f"{folder} holds no {name}: name a folder that training has written")
+    _check(folder)
     with plainly(str(folder)):
         vae = AutoencoderTiny.from_pretrained(folder / "vae")
         t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2").eval().requires_grad_(False)
@@ -109,6 +109,21 @@ def parts(folder: Path) -> tuple[AutoencoderTiny, tuple[T5EncoderModel, CLIPText
         transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer")
     grow(t5, clip)
     return vae, (t5, clip), transformer
+
+
+def _check(folder: Path) -> None:
+    for name in PARTS:
+        if not (folder / name / "config.json").is_file():
+            raise ValueError(f"{folder} holds no {name}: name a folder that training has written")
+
+
+def digest(folder: Path) -> str:
+    """A hash of the files that `parts` reads: a folder may come to hold another model under the same name."""
+    _check(folder)
+    whole = hashlib.sha256()
+    for file in sorted(file for name in PARTS for file in (folder / name).rglob("*") if file.is_file()):
+        whole.update(f"{file.relative_to(folder).as_posix()}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return whole.hexdigest()
 
 
 def _edit(path: Path, **changes: Any) -> None:
