@@ -13,6 +13,8 @@ from .core.plan import Plan, check_draft, count_steps, make_plan
 
 DRAFT = 0.5  # share of the steps, unless a model's card says otherwise: docs/results.md has the study that decided it
 CELL, TOKEN = 8, 2  # pixels a cell, cells a token: of every family that rolls
+MOST_STEPS = 10_000
+EMBEDDED = "embedded"  # the name of the model that ships here
 SIDE = CELL * TOKEN  # pixels that a side of a picture is a multiple of
 LAST_SEED = 2**64 - 1  # of torch's generators
 EVERYWHERE = "all"  # a lookahead over the whole canvas; None means the same
@@ -65,8 +67,14 @@ class Card:
             if not good:
                 raise ValueError(f"the model's card says {name} = {getattr(self, name)!r}, and must say {allowed}")
 
-        for name in ("size", "steps", "max_sequence_length", "native_tokens"):
-            need(_is_whole(getattr(self, name)) and getattr(self, name) > 0, name, "a whole number above 0")
+        for name, most in (
+            ("size", 2**20),
+            ("steps", MOST_STEPS),
+            ("max_sequence_length", 2**20),
+            ("native_tokens", 2**31),
+        ):
+            value = getattr(self, name)
+            need(_is_whole(value) and 0 < value <= most, name, f"a whole number from 1 to {most}")
         cap = self.memory_tokens
         need(cap is None or (_is_whole(cap) and cap > 0), "memory_tokens", "a whole number above 0, or null")
         need(isinstance(self.trained, bool), "trained", "true or false")
@@ -87,7 +95,10 @@ class Card:
         known = [field.name for field in fields(cls)]
         unknown = [name for name in values or () if name not in known]
         if unknown:
-            raise ValueError(f"the model's card knows no {unknown[0]!r}: it may hold {', '.join(known)}")
+            raise ValueError(
+                f'the model\'s card knows no {unknown[0]!r}, which may be of another version: take it out of "rolling" '
+                f"in its model_index.json, where there may be {', '.join(known)}"
+            )
         return cls(**(values or {}))
 
     @classmethod

@@ -281,6 +281,17 @@ def plan_of(card: Card, options: Mapping[str, Any]) -> Plan:
     return plan_for(card, height, width, options.get("num_inference_steps", card.steps), **said)
 
 
+def pace(pipe: Any, prompts: Sequence[Prompt], common: Mapping[str, Any]) -> float:
+    """Seconds that a picture of full sampling takes here, of a batch of these prompts: drawn now, in a few steps."""
+    steps = common.get("num_inference_steps", pipe.card.steps)
+    few = min(2, steps)
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        paint(pipe, prompts, 0, {"lag": 0, "num_inference_steps": few}, common)
+        seconds = time.perf_counter() - started
+    return seconds / few * steps / len(prompts)
+
+
 class OrderStudy:
     """The study of orders on prompts of the hard tasks: rows as of `order_study`, drawn one after the other.
 
@@ -323,16 +334,6 @@ class OrderStudy:
                 if key not in self.work.lines:  # two rows may be one way
                     missing[key] = len(some), len(some) * self.relative(row)
         return sum(count for count, _ in missing.values()), sum(units for _, units in missing.values())
-
-    def pace(self) -> float:
-        """Seconds that a picture of full sampling takes here: drawn now, of a few steps."""
-        steps = self.common.get("num_inference_steps", self.pipe.card.steps)
-        few, some = min(2, steps), self.prompts[: self.batch]
-        for _ in range(2):  # the first one warms up
-            started = time.perf_counter()
-            paint(self.pipe, some, 0, {"lag": 0, "num_inference_steps": few}, self.common)
-            seconds = time.perf_counter() - started
-        return seconds / few * steps / len(some)
 
     def run(self, progress: Callable[[str, int, int], object] | None = None) -> dict[str, dict[str, Any]]:
         """For each row: right answers and invented objects, with 95 % intervals, and against its rows of full sampling,

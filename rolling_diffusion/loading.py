@@ -19,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from .defaults import read_index
+from .defaults import EMBEDDED, read_index
 from .models.convert import flux_from_comfy, flux_to_comfy
 from .pipeline.space import OutOfMemory
 
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
+EMBEDDED_FOLDER = Path(__file__).parent / EMBEDDED
 FLUX_WIDTH = 3072
 QUANTIZERS = ("gguf", "bnb-4bit", "bnb-8bit", "int8", "fp8")
 SUFFIXES = (".safetensors", ".sft", ".gguf")
@@ -60,8 +61,9 @@ def load(
     Weights that are missing, that the model has no place for, or that are not finite are wrong too: the libraries draw
     with them, only warning, or not even that.
 
-    model: a folder, a repository, or a .safetensors or .gguf file; what a file lacks (text encoders, VAE) comes from
-        `parts`, a folder or repository, or from `components`, as FluxPipeline names them.
+    model: "embedded" for that which ships here, a folder, a repository, or a .safetensors or .gguf file; what a file
+        lacks (text encoders, VAE) comes from `parts`, a folder or repository, or from `components`, as FluxPipeline
+        names them.
     dtype: bfloat16 on a GPU, float32 elsewhere. device: a GPU if there is one. cpu_offload: True or "model" keeps on
         the GPU the part of the model that is at work, "sequential" the layer at work (least memory, slow).
     lora: a file, a folder or a repository, some of them, or some with strengths.
@@ -69,7 +71,7 @@ def load(
         is quantised already. variant: of the weights, such as "fp16", where a folder or repository has several.
     start: "image" or "mask" for the pipeline around the same model that starts from a picture, or paints in a mask.
     """
-    source = _path(model)
+    source = _path(model := EMBEDDED_FOLDER if model == EMBEDDED else model)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     if cpu_offload not in (False, True, "model", "sequential"):

@@ -30,11 +30,13 @@ def ramp(anchors: Sequence[tuple[int, int, int]], value: np.ndarray) -> np.ndarr
 
 
 def noise_table(plan: Plan, sigmas: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ticks (K,), blocks (G,) and the noise (G, K) left after each tick, 1 for full and 0 for clean.
+    """Ticks (K,), blocks (G,) and the noise (G, K) left after each tick, 1 for full and 0 for clean; where a guide
+    takes the draft's place, from its end on.
 
     sigmas: the plan's S+1 noise levels; without them noise falls evenly with the steps.
     """
-    ticks = np.unique(np.linspace(0, plan.ticks, min(plan.ticks + 1, COLUMNS)).round().astype(int))
+    count = min(plan.ticks - plan.first + 1, COLUMNS)
+    ticks = np.unique(np.linspace(plan.first, plan.ticks, count).round().astype(int))
     blocks = np.unique(np.linspace(0, len(plan.blocks) - 1, min(len(plan.blocks), ROWS)).round().astype(int))
     levels = np.linspace(1, 0, plan.steps + 1) if sigmas is None else np.asarray(sigmas, dtype=np.float64) / sigmas[0]
     return ticks, blocks, levels[[[plan.index(int(k), int(g)) for k in ticks] for g in blocks]]
@@ -50,10 +52,10 @@ def plan_picture(plan: Plan, sigmas: Sequence[float] | None = None, text_tokens:
     _canvas(page, plan)
     if not plan.late:
         _legend(page, (CANVAS[0], 712), ORDER, "first", "last")
-    cost = plan.cost(text_tokens)
+    cost, draft = plan.cost(text_tokens), "by a guide" if plan.first else "of them draft"
     facts = (
         (f"{cost.calls:,}", "model calls" + (f", {cost.ticks:,} of them ticks" if cost.calls > cost.ticks else "")),
-        (f"{plan.steps}", "steps per block" + (f", {plan.draft} of them draft" if plan.draft else "")),
+        (f"{plan.steps}", "steps per block" + (f", {plan.draft} {draft}" if plan.draft else "")),
         (f"{plan.lag}", "lag, in ticks"),
         (f"{cost.peak_moving_tokens:,}", "tokens in motion, at most"),
         (f"{cost.peak_visible_tokens:,}", "tokens attended to, at most"),
@@ -85,13 +87,13 @@ def _chart(page: _Page, plan: Plan, sigmas: Sequence[float] | None) -> None:
         for column in range(len(ticks)):
             page.box((xs[column], ys[row], xs[column + 1], ys[row + 1] - gap), tuple(colours[row, column]))
     middle_x, middle_y = (xs[:-1] + xs[1:]) / 2, (ys[:-1] + ys[1:]) / 2
-    for tick in _marks(0, int(ticks[-1])):
+    for tick in _marks(int(ticks[0]), int(ticks[-1])):
         page.text((float(np.interp(tick, ticks, middle_x)), bottom + 10), f"{tick:,}", 15, MUTED, "mt")
     for number in _marks(1, int(blocks[-1]) + 1):
         page.text((left - 12, float(np.interp(number, blocks + 1, middle_y))), f"{number:,}", 15, MUTED, "rm")
     page.text(((left + right) / 2, bottom + 36), "tick", 17, INK, "mt")
     page.text((60, (top + bottom) / 2), "block", 17, INK, turn=90)
-    if plan.draft:
+    if plan.draft > plan.first:
         x = float(np.interp(plan.draft, ticks, xs[1:]))
         page.line([(x, top), (x, bottom - gap)], PAPER, 2)
         page.text((x + 12, bottom - 60), "end of draft", 15, PAPER, turn=90)
@@ -147,7 +149,7 @@ def _legend(page: _Page, at: tuple[float, float], anchors: Sequence[tuple[int, i
 def _marks(first: int, last: int, most: int = 12) -> list[int]:
     """`first` and the multiples of a round number up to `last`, about `most` of them at the most."""
     step = next(n for e in range(12) for n in (10**e, 2 * 10**e, 5 * 10**e) if last <= most * n)
-    return sorted({first, *range(step, last + 1, step)})
+    return sorted({first, *range(-(-max(first, 1) // step) * step, last + 1, step)})
 
 
 class _Page:

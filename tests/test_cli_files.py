@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter, ImageSequence, PngImagePlugin
 
 from rolling_diffusion.cli import files
 from rolling_diffusion.cli.animation import check_mp4, save_animation
+from rolling_diffusion.serve.pictures import opened
 
 FRAMES = [Image.new("RGB", (64, 32), (i * 20, 80, 200 - i * 10)) for i in range(10)]
 
@@ -247,3 +248,17 @@ def test_a_record_that_is_none_is_one_sentence(tmp_path, chunk):
     Image.new("L", (8, 8)).save(tmp_path / "p.png", pnginfo=info)
     with pytest.raises(ValueError, match="holds no settings"):
         files.read_record(tmp_path / "p.png")
+
+
+def test_a_picture_of_sixteen_bits_keeps_its_tones(tmp_path):
+    tones = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    for kind, name in (("uint16", "deep.png"), ("int32", "deep.tif")):
+        Image.fromarray(tones.round().astype(kind)).save(tmp_path / name)
+        for mode in ("RGB", "L"):
+            seen = np.asarray(files.read_picture(tmp_path / name, "--image", mode), float)
+            assert np.abs(seen.reshape(64, 64, -1) - tones[..., None] / 257).max() <= 0.51
+    assert opened((tmp_path / "deep.png").read_bytes(), "image").getpixel((32, 32)) == (130, 130, 130)
+    for kind, most in (("int32", 2**31 - 1), ("float32", 1.0)):
+        Image.fromarray((tones / 65535 * most).astype(kind)).save(tmp_path / "deeper.tif")
+        with pytest.raises(ValueError, match=r"deeper\.tif has pixels of 32 bits: save it with 8 or 16"):
+            files.read_picture(tmp_path / "deeper.tif", "--image", "RGB")

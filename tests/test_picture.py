@@ -82,3 +82,10 @@ def test_marks_are_round_numbers():
     assert picture._marks(0, 44) == [0, 5, 10, 15, 20, 25, 30, 35, 40]
     assert picture._marks(1, 4) == [1, 2, 3, 4]
     assert picture._marks(1, 64) == [1, 10, 20, 30, 40, 50, 60]
+    assert picture._marks(7, 36) == [7, 10, 15, 20, 25, 30, 35]
+
+
+def test_the_chart_begins_where_a_guide_ends():
+    plan = make_plan(128, 128, 20, window=64, overlap=16, draft=10, guide=(64, 64))
+    ticks, _, noise = picture.noise_table(plan)
+    assert ticks.tolist() == list(range(10, plan.ticks + 1)) and (noise[:, 0] == 0.5).all()

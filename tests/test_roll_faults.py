@@ -105,3 +105,10 @@ def test_the_default_dtype_makes_no_difference(name, dtype):
         assert torch.equal(draw(roll(pipe), arguments, lag=0), stock)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_picture_that_is_not_finite_is_refused():
+    pipe, arguments = make("FluxPipeline")
+    for options in (ROLL, {"lag": 0}):
+        with pytest.raises(ValueError, match="the picture is not finite"):
+            draw(roll(pipe), arguments | {"prompt_embeds": arguments["prompt_embeds"] * torch.nan}, **options)

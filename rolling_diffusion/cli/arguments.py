@@ -20,6 +20,7 @@ def nearest(word: str, names: Collection[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+MOST = 2**31 - 1  # of a number whose limit is nowhere near
 TEXTS = ("--negative-prompt",)  # options whose value may begin with a dash
 
 
@@ -62,14 +63,15 @@ def name_in(names: Collection[str]) -> Callable[[str], str]:
     return named
 
 
-def whole_number(low: int = 0, high: int | None = None) -> Callable[[str], int]:
+def whole_number(low: int = 0, high: int = MOST) -> Callable[[str], int]:
     """Type of an option that takes a whole number of at least `low`, and of at most `high`."""
 
     def number(text: str) -> int:
         # A number of thousands of digits is refused unread, as Python itself would.
-        if re.fullmatch(r"[+-]?\d{1,1000}", text) and low <= int(text) and (high is None or int(text) <= high):
-            return int(text)
-        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        value = int(text) if re.fullmatch(r"[+-]?\d{1,1000}", text) else low - 1
+        if low <= value <= high:
+            return value
+        allowed = f"of at least {low}" if value < low and high == MOST else f"from {low} to {high}"
         raise argparse.ArgumentTypeError(f"must be a whole number {allowed}, not {text[:60]!r}")
 
     return number
@@ -83,7 +85,7 @@ def decimal(low: float, high: float = math.inf) -> Callable[[str], float]:
 
     def number(text: str) -> float:
         try:
-            value = float(text)
+            value = math.nan if "_" in text else float(text)  # Python reads 1_0 as 10
         except ValueError:
             value = math.nan
         if low <= value <= high and math.isfinite(value):

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from .. import __version__
-from ..defaults import Card, read_index
+from ..defaults import MOST_STEPS, Card, read_index
 from .arguments import Parser, decimal, name_in, seed, whole_number
 from .batch import identity_of
 from .files import check_apart, check_target, make_folder, save_json, save_png
@@ -31,7 +31,7 @@ def add_options(parser: Parser) -> None:
     add("--prompts", type=whole_number(6), metavar="N", help=many)
     add("--held-out", type=whole_number(0), metavar="N", help="more, of pairs never trained (default: 0)")
     add("--seed", type=seed, default=0, metavar="N", help="of the prompts (default: 0)")
-    add("--steps", type=whole_number(1), metavar="N", help="(default: the model's own)")
+    add("--steps", type=whole_number(1, MOST_STEPS), metavar="N", help="(default: the model's own)")
     add("--cfg", type=decimal(0), metavar="SCALE", help="(default: the model's own)")
     add("--draft", type=whole_number(0), metavar="N", help="steps before the blocks part (default: the model's own)")
     add("--width", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
@@ -99,8 +99,22 @@ def run(values: argparse.Namespace) -> int:
             raise ValueError(f"{values.keep} has pictures already: name another folder")
     from tqdm import tqdm
 
-    from ..evaluation import MEMORY, STUDY, WAYS, OrderStudy, Work, ceiling, evaluate, order_study, order_table, table
+    from ..evaluation import (
+        MEMORY,
+        STUDY,
+        WAYS,
+        OrderStudy,
+        Work,
+        ceiling,
+        evaluate,
+        order_study,
+        order_table,
+        pace,
+        plan_of,
+        table,
+    )
     from ..train.optimiser import halves
+    from ..world.score import make_prompts
 
     rows = order_study(card, common, values.row or ()) if of_orders else []
     dtype = values.dtype
@@ -140,7 +154,7 @@ def run(values: argparse.Namespace) -> int:
             bar.total = sum(len(study.prompts_of(row)) for row in study.rows)
             pictures, units = study.left()
             if pictures:
-                seconds = study.pace()
+                seconds = pace(pipeline, study.prompts[:batch], common)
                 there = f"{bar.total - pictures:,} of them are in {values.work}; " if pictures < bar.total else ""
                 bar.write(
                     f"{bar.total:,} pictures in {len(study.rows)} rows; {there}the rest takes about "
@@ -151,6 +165,15 @@ def run(values: argparse.Namespace) -> int:
         else:
             ways = {"all": STUDY, "memory": MEMORY, None: WAYS}[values.study]
             bar.total = (count + count // 6 + held_out) * len(ways)
+            if not work.lines:
+                seconds = pace(pipeline, make_prompts(min(batch, count), values.seed), common)
+                each = [plan_of(pipeline.card, common | way).cost(0).relative for way in ways.values()]
+                total = duration(bar.total * sum(each) / len(each) * seconds)
+                bar.write(
+                    f"{bar.total:,} pictures in {len(ways)} ways take about {total} in {dtype}, at "
+                    f"{seconds:.1f} s a picture of full sampling",
+                    file=sys.stderr,
+                )
             report = evaluate(
                 pipeline,
                 count,

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -18,7 +19,7 @@ from zlib import crc32
 import psutil
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
-from ..recording import KEY, as_json, chunk
+from ..recording import KEY, as_json, chunk, in_eight_bits
 
 DESCRIPTION = 270  # the tag of a TIFF that holds what a PNG holds in a chunk
 SETTINGS_FILE = "settings.json"  # the file in a folder of slices that holds it
@@ -215,15 +216,23 @@ def read_picture(path: Path, option: str, mode: str) -> Image.Image:
     from PIL import ImageOps
 
     try:
-        with Image.open(path) as image:
-            picture = ImageOps.exif_transpose(image)
-            clear = mode == "RGB" and picture.has_transparency_data
-            if not clear or picture.convert("RGBA").getchannel("A").getextrema()[0] == 255:
-                return picture.convert(mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many pixels are an error
+            with Image.open(path) as image:
+                picture = ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise ValueError(f"{option} {path}: there is no such file") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{option} {path} has too many pixels: take a smaller picture") from None
     except Exception:
         raise ValueError(f"{option} {path} is not a picture that can be read") from None
-    raise ValueError(f"{option} {path} has transparent parts, and what is drawn has none: lay it on a background first")
+    try:
+        picture = in_eight_bits(picture)
+    except ValueError as error:
+        raise ValueError(f"{option} {path} {error}") from None
+    clear = mode == "RGB" and picture.has_transparency_data
+    if clear and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        raise ValueError(
+            f"{option} {path} has transparent parts, and what is drawn has none: lay it on a background first"
+        )
+    return picture.convert(mode)

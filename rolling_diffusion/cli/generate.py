@@ -17,7 +17,7 @@ from . import ranks
 from .animation import SUFFIXES, Film, check_mp4, save_animation
 from .arguments import Parser, decimal, name_in, whole_number
 from .files import check_apart, check_target, free, read_picture, save_json, save_png
-from .model import DTYPES, EMBEDDED, QUANTIZERS, device_named, load_said, locate, lora, resolved, warnings_of
+from .model import DTYPES, EMBEDDED, QUANTIZERS, device_named, load_said, locate, lora, quiet, resolved, warnings_of
 from .prompts import add_prompts, check_said, shared_out, take_prompts, texts_of
 from .replay import changed, record, replayed
 from .settings import GUIDE, PLAN_DEFAULTS, add_plan_options, check_room, complete, fitted, plan_of
@@ -67,7 +67,11 @@ def add_options(parser: Parser) -> None:
     )
     add_drawing_options(parser)
     add(
-        "--batch", type=whole_number(1), default=1, metavar="N", help="pictures, with seeds from --seed on (default: 1)"
+        "--batch",
+        type=whole_number(1, 10_000),
+        default=1,
+        metavar="N",
+        help="pictures, with seeds from --seed on (default: 1)",
     )
     add("--animation", type=Path, metavar="FILE", help="the picture appearing: .gif, .webp or .mp4")
     add("--report", type=Path, metavar="FILE.json", help="settings, cost and times, for programs")
@@ -79,7 +83,10 @@ def add_drawing_options(parser: Parser) -> None:
     add("--image", type=Path, metavar="FILE", help="a picture to start from")
     add("--mask", type=Path, metavar="FILE", help="of that picture: white is drawn anew, black stays")
     add(
-        "--strength", type=decimal(0, 1), metavar="S", help="how much of it is drawn anew (default: the pipeline's own)"
+        "--strength",
+        type=decimal(0, 1),
+        metavar="S",
+        help="how much of it is drawn anew (default: the pipeline's own)",
     )
     circle = "x, y or xy: along these axes the edges meet without a seam (default: no circle)"
     add("--wrap", type=name_in(("x", "y", "xy")), metavar="AXES", help=circle)
@@ -230,6 +237,7 @@ def check_text(*texts: str) -> None:
 def check_places(settings: dict[str, Any]) -> None:
     """ValueError for prompts whose places cannot be on this canvas."""
     if settings["prompts"]:
+        quiet()
         from ..pipeline.places import Places
 
         places = Places(shared_out(settings["prompts"]), settings["order"], 0, CELL, TOKEN)

@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     left, as `head` does, is told nothing.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        os.getcwd()
+    except OSError:  # torch ends the program there
+        return fail("the folder that this was called in is gone: change to one that exists")
     closed = sys.stdout is None
     open_streams()
     try:

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..defaults import read_index
+from ..defaults import EMBEDDED, read_index
 
 if TYPE_CHECKING:
     from ..pipeline import Rolling
 
-EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded"
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 FILES = (".safetensors", ".sft", ".gguf")

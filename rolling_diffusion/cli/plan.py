@@ -54,11 +54,12 @@ def describe(plan: Plan, text_tokens: int) -> str:
     reach = {None: "the whole canvas", 0: "nothing"}.get(plan.lookahead, f"{plan.lookahead} cells")
     ahead = f", extrapolated by {plan.extrapolation:g}" if plan.extrapolation and plan.lookahead != 0 else ""
     late = ", decided at the end of the draft" if plan.late else ""
+    draft = "by the guide" if plan.first else "in the draft"
     lines = [
         f"canvas   {plan.width * 8} × {plan.height * 8} pixels = {plan.width} × {plan.height} cells",
         f"blocks   {len(plan.blocks)} of {first.width} × {first.height} cells, {plan.blocks.name}{late}",
         f"window   {plan.window} cells, overlap {plan.overlap}: at most {plan.capacity} blocks in motion",
-        f"steps    {plan.steps} a block, {plan.draft} of them in the draft; lag {plan.lag} ticks",
+        f"steps    {plan.steps} a block, {plan.draft} of them {draft}; lag {plan.lag} ticks",
         *(
             [f"guide    a picture of {plan.guide[1]} × {plan.guide[0]} cells in place of the draft"]
             if plan.guide

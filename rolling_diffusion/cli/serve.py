@@ -54,6 +54,7 @@ def run(values: argparse.Namespace) -> int:
         import uvicorn
     except ImportError:
         raise ValueError(needs("serve", "serve")) from None
+    quiet()
     from ..serve.guard import is_loopback
 
     key = values.api_key if values.api_key is not None else os.environ.get(KEY)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.order import ORDERS, Block
 from ..core.plan import Plan
-from ..defaults import CELL, EVERYWHERE, SIDE, TOKEN, Card, plan_for
+from ..defaults import CELL, EVERYWHERE, MOST_STEPS, SIDE, TOKEN, Card, plan_for
 from .arguments import Parser, decimal, name_in, number_or, seed, whole_number
 
 PLAN_DEFAULTS: dict[str, Any] = {
@@ -44,7 +44,7 @@ def add_plan_options(
         add("--height", type=whole_number(1), metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
     add(
         "--steps",
-        type=whole_number(1),
+        type=whole_number(1, MOST_STEPS),
         metavar="N",
         help="noise levels that every block passes through (default: the model's own)",
     )

@@ -169,7 +169,7 @@ def along(settings: dict[str, Any]) -> tuple[Any, int]:
 
 def ends_of(prompts: Any, settings: dict[str, Any]) -> Iterator[int]:
     """Pixels at which each stretch ends; ValueError for prompts out of order or beyond the canvas."""
-    from ..pipeline.stream import stretches
+    from ..core.growing import stretches
 
     if isinstance(prompts, list) and not isinstance(prompts[0], str):
         prompts = [(place // CELL if isinstance(place, int) else place, prompt) for place, prompt in prompts]

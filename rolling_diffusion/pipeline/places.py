@@ -88,7 +88,7 @@ class Places:
         )
 
     def _rectangle(self, place: Sequence[Any], text: str, rows: int, columns: int) -> tuple[int, int, int, int]:
-        whole = len(place) == 4 and all(isinstance(n, int) and not isinstance(n, bool) for n in place)
+        whole = len(place) == 4 and all(isinstance(n, int) and not isinstance(n, bool) and n < 2**31 for n in place)
         if whole:
             left, top, right, bottom = (n / self.unit for n in place)
             if 0 <= left < right <= columns and 0 <= top < bottom <= rows:

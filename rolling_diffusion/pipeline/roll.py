@@ -246,7 +246,13 @@ class Rolling:
         stand_in, hooked = _stand_in(pipe, run), hasattr(model, "_diffusers_hook")
         try:
             with swapped([] if self.guiding else [(vars(pipe), name, None) for name in LIVE]):  # a stop stays one
-                return type(pipe).__call__(stand_in, **said)
+                answer = type(pipe).__call__(stand_in, **said)
+            if run.latents is not None and not run.latents.isfinite().all():
+                raise ValueError(
+                    "the picture is not finite, as it may be in float16, or where cfg is far too high: take a wider "
+                    "dtype, such as bfloat16, or a smaller cfg"
+                )
+            return answer
         except (MemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise

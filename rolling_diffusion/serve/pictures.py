@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from ..recording import chunk
+from ..recording import chunk, in_eight_bits
 from .errors import Refusal, wrong_picture
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -24,7 +24,8 @@ def opened(content: bytes, name: str) -> Image.Image:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > PIXELS:
                 raise wrong_picture(name, f"it has more than {PIXELS:,} pixels")
-            return ImageOps.exif_transpose(image).convert("RGBA" if image.has_transparency_data else "RGB")
+            clear = "RGBA" if image.has_transparency_data else "RGB"
+            return in_eight_bits(ImageOps.exif_transpose(image)).convert(clear)
     except Refusal:
         raise
     except Image.DecompressionBombError:
