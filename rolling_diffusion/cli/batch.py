@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from .arguments import Parser, decimal, fail, name_in, whole_number
 from .files import check_apart, check_target, is_whole_png, make_folder, put, read_record, save_json_lines, sweep
 from .generate import DEFAULTS, SETTINGS, add_drawing_options, prepare
 from .model import EMBEDDED, EMBEDDED_FOLDER, found, full
-from .prompts import PICTURES, _objects, _table, read_lines
+from .prompts import PICTURES, read_lines
 from .workers import Cluster, Stopped, Task, namespace
 
 OF_MODEL = ("model", "variant", *MACHINE, "lora", "quantize")  # said for all pictures: a worker loads its model once
@@ -120,22 +120,10 @@ def read(values: argparse.Namespace, common: dict[str, Any], here: bool) -> tupl
                 raise ValueError(f"it {kind}, and line {first[0]} {first[1]}: give these a file of their own")
             tasks.append(Task(number, said, name_of(common | said, identity)))
         except ValueError as error:
-            prompt = said["prompt"] if isinstance(said, dict) and is_prompt(said["prompt"]) else None
+            prompt = said["prompt"] if isinstance(said, dict) else getattr(said, "prompt", None)
+            prompt = prompt if is_prompt(prompt) else None
             wrong[number] = {"prompt": prompt, "error": " ".join(str(error).split())}
-    if any(row["prompt"] is None for row in wrong.values()):
-        for number, prompt in prompts_in(values.prompts):
-            if number in wrong and is_prompt(prompt):
-                wrong[number]["prompt"] = prompt
     return tasks, wrong
-
-
-def prompts_in(path: Path) -> Iterator[tuple[int, Any]]:
-    """What stands as the prompt of each line, also of one that is refused for what it says beside it; nothing of a
-    pipe, which is read once."""
-    kind = {".jsonl": _objects, ".csv": _table}.get(path.suffix.lower())
-    if kind is not None and path.is_file():
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield from ((number, entry.get("prompt")) for number, entry in kind(file) if isinstance(entry, dict))
 
 
 def is_prompt(value: Any) -> bool:
