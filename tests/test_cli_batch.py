@@ -17,6 +17,7 @@ from PIL import Image
 
 from benchmarks.batch import PROMPTS, SMALL, processes, same
 from rolling_diffusion.cli import batch, main, workers
+from rolling_diffusion.cli.files import save_png
 
 pytest.importorskip("ray")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -260,3 +261,44 @@ def test_the_prompts_are_no_manifest(tmp_path, capsys, manifest):
     assert main(["batch", str(file), "-o", str(tmp_path), "--manifest", manifest]) == 2
     assert "PROMPTS and the manifest both name" in capsys.readouterr().err
     assert file.read_text() == '{"prompt": "a ball"}\n'
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("table", ["jsonl", "parquet"])
+def test_a_line_with_an_error_keeps_its_prompt_and_foreign_pictures_stop_nothing(tmp_path, capsys, kind, table):
+    """Nothing is drawn: no cluster is needed."""
+    file, out = tmp_path / f"p.{kind}", tmp_path / "out"
+    rows = [
+        ("a red ball", "seed", "-1"),
+        ("a blue boat", "width", "100"),
+        ("b\udcffd", "seed", "-1"),
+        ("", "seed", "1"),
+    ]
+    if kind == "jsonl":
+        lines = [f'{{"prompt": "{prompt}", "{name}": {value}}}\n' for prompt, name, value in rows]
+        lines += ["nonsense\n", '{"prompt": 5}\n']
+    else:
+        lines = ["prompt,seed,width\n"]
+        lines += [f"{prompt},{value if name == 'seed' else ',' + value}\n" for prompt, name, value in rows]
+    file.write_bytes("".join(lines).encode(errors="surrogateescape"))
+    out.mkdir()
+    foreign = [{"said": value} for value in (None, [], 5, {"prompt": 5}, {"prompt": "\ud800"}, {"seed": "x"})]
+    foreign += [{"said": {"seed": value}} for value in (-1, 2**64, True)]
+    foreign += [[], 5, {"seconds": float("nan")}, {"seconds": "x"}, {"seconds": 10**400}]
+    for number, record in enumerate([*foreign, {"said": {"prompt": "a house", "seed": 7}, "seconds": 1.5}]):
+        save_png(out / f"{number:032x}.png", Image.new("RGB", (8, 8)), record)
+    before = {picture: picture.read_bytes() for picture in pictures(out)}
+    assert main(["batch", str(file), "-o", str(out), "--manifest", table]) == 1
+    assert f"0 drawn, 0 there before, {len(lines) - (kind == 'csv')} lines with errors" in capsys.readouterr().err
+    read = manifest(out) if table == "jsonl" else parquet.read_table(out / "manifest.parquet").to_pylist()
+    assert [row["prompt"] for row in read if row["error"]][:4] == ["a red ball", "a blue boat", None, None]
+    assert all(row["prompt"] is None for row in read[4:-1])
+    others = [(row["file"], row["prompt"], row["seed"], row["seconds"]) for row in read if not row["error"]]
+    assert others == [(f"{len(foreign):032x}.png", "a house", 7, 1.5)]
+    assert before == {picture: picture.read_bytes() for picture in pictures(out)}
+
+
+def test_one_line_with_errors_is_one_line(tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a red ball", "width": 100}\n')
+    assert main(["batch", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out")]) == 1
+    assert "0 drawn, 0 there before, 1 line with errors" in capsys.readouterr().err

@@ -4,9 +4,11 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import time
 import tracemalloc
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from own_stream import start
 from PIL import Image
 
 from rolling_diffusion.cli import growing, main
-from rolling_diffusion.cli.files import HOST, read_record
+from rolling_diffusion.cli.files import HOST, read_record, save_json, save_png
+from rolling_diffusion.recording import KEY
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -168,7 +171,7 @@ def test_what_is_finished_is_not_drawn_again_and_other_settings_are_refused(here
     assert main(["stream", *LONG, "-o", "one.png"]) == 0
     assert "finished before" in capsys.readouterr().err
     error = refused(capsys, *LONG, "--seed", "1", "-o", "one.png")
-    assert "one.png holds a stream of other settings, seed was 0, and is now 1" in error
+    assert "one.png holds a stream of other settings (seed was 0, and is now 1): say the same" in error
     assert (here / "one.png").read_bytes() == before
 
 
@@ -202,10 +205,10 @@ def strips(axis: int, backwards: bool) -> list[np.ndarray]:
 def fill(path: Path, axis: int, backwards: bool) -> None:
     """What a run does with its output, from wherever it is."""
     output = growing.open_output(path, axis, backwards, None if path.suffix else 90, path.suffix == ".tif")
-    state, finished = output.begin({"said": {"seed": 1}, "fitted": {}, "machine": {}}, 37, sum(STRIPS))
-    if finished:
-        return
-    try:
+    with closing(output):
+        state, finished = output.begin({"said": {"seed": 1}, "fitted": {}, "machine": {}}, 37, sum(STRIPS))
+        if finished:
+            return
         start = 0
         for number, strip in enumerate(strips(axis, backwards)):
             if output.written <= start:
@@ -215,8 +218,6 @@ def fill(path: Path, axis: int, backwards: bool) -> None:
                 assert state is not None
             start += strip.shape[axis]
         output.finish()
-    finally:
-        output.close()
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -391,8 +392,6 @@ def test_a_length_beyond_all_disks_is_one_sentence(here, capsys):
 
 
 def test_a_disk_that_is_too_small_is_seen_before(here, capsys, monkeypatch):
-    import shutil
-
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
     assert "its disk has 0 MiB" in refused(capsys, *LONG, "-o", "one.png")
 
@@ -402,10 +401,148 @@ def test_a_state_that_is_damaged_or_of_other_settings_is_refused(here, capsys, m
     with pytest.raises(ZeroDivisionError):
         main(["stream", *LONG, "-o", "one.png"])
     error = refused(capsys, *LONG, "--order", "right-to-left", "-o", "one.png")
-    assert "one.png.unfinished holds a stream of other settings, order was" in error
+    assert "one.png.unfinished holds a stream of other settings (order was" in error
     state = here / "one.png.unfinished" / "state.safetensors"
     state.write_bytes(b"")
     assert "state.safetensors cannot be read" in refused(capsys, *LONG, "-o", "one.png")
+
+
+SHORT = ("a red ball", "--length", "64", *TINY)
+SPOILT = [
+    *(
+        {"stream": value}
+        for value in ({}, {"written": 64}, {"written": None, "length": 64}, {"written": 64, "length": 8})
+    ),
+    *({"stream": {"written": value, "length": 64}} for value in ("x", "64", 64.0, 1e9, 10**9, -64, True, [64])),
+    *({name: value} for name in ("said", "fitted", "machine") for value in (None, [1], 5)),
+    {"stream": {"written": 64, "length": 96}},
+]
+
+
+def edit(output: Path, changes: dict) -> None:
+    """Changes the record of a folder or a PNG by hand."""
+    record = read_record(output) | changes
+    if output.is_dir():
+        save_json(output / "settings.json", record)
+    else:
+        with Image.open(output) as image:
+            save_png(output, image.copy(), record)
+
+
+@pytest.mark.parametrize("name, file", [("x", "x/settings.json"), ("x.png", "x.png")])
+def test_a_record_that_was_changed_is_one_sentence_and_nothing_is_lost(here, capsys, name, file):
+    assert main(["stream", *SHORT, "-o", name]) == 0
+    capsys.readouterr()
+    record = read_record(here / name)
+    for changes in SPOILT:
+        edit(here / name, record | changes)
+        before = files(here)
+        error = refused(capsys, *SHORT, "-o", name)
+        assert f"{file} is damaged or was changed" in error and f"{name}: name another output, or delete it" in error
+        assert files(here) == before
+    edit(here / name, record | {"stream": {"written": 32, "length": 64}})
+    before = files(here)
+    error = refused(capsys, *SHORT, "-o", name)
+    assert "state.safetensors is gone, and is needed" in error and f"{name}, which records 32 of 64 pixels" in error
+    assert files(here) == before
+    edit(here / name, record)
+    assert main(["stream", *SHORT, "-o", name]) == 0 and "finished before" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x", "x.png"])
+def test_a_state_that_was_changed_is_one_sentence_and_nothing_is_lost(here, capsys, monkeypatch, name):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    assert main(["stream", *LONG, "-o", f"whole{name}"]) == 0
+    real = growing.Output.add
+
+    def stop(self, *strip):
+        real(self, *strip)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(growing.Output, "add", stop)
+        assert main(["stream", *LONG, "-o", name]) == 130
+    (state,) = here.glob("x*/state.safetensors")
+    with safe_open(state, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    kept = json.loads(metadata[KEY])
+    assert 0 < kept["stream"]["written"] < 256
+    capsys.readouterr()
+    records = [kept | changes for changes in (*SPOILT, {"stream": {"written": 256, "length": 256}})]
+    changed = [(tensors, metadata | {KEY: json.dumps(record)}) for record in [*records, [], 5, None]]
+    changed += [(tensors, None), (tensors, {"other": "1"}), (tensors, metadata | {KEY: "[" * 100_000})]
+    changed += [({k: v for k, v in tensors.items() if k != gone}, metadata) for gone in tensors]
+    changed += [
+        (tensors | {"number": torch.tensor([1, 2])}, metadata),
+        (tensors | {"written": torch.tensor(16)}, metadata),
+    ]
+    whole = state.read_bytes()
+    for content in changed:
+        save_file(content[0], state, content[1])
+        before, words = files(here), f"{state.relative_to(here)} cannot be read, or was changed, and is needed to go on"
+        assert words in refused(capsys, *LONG, "-o", name)
+        assert files(here) == before
+    state.unlink()
+    state.mkdir()
+    assert words in refused(capsys, *LONG, "-o", name)
+    state.rmdir()
+    state.write_bytes(whole)
+    record = read_record(here / name)
+    edit(here / name, record | {"stream": {"written": 256, "length": 256}})
+    assert "is damaged or was changed" in refused(capsys, *LONG, "-o", name) and state.read_bytes() == whole
+    edit(here / name, record)
+    assert main(["stream", *LONG, "-o", name]) == 0
+    assert {file.removeprefix("whole"): content for file, content in files(here).items() if "whole" in file} == {
+        file: content for file, content in files(here).items() if "whole" not in file
+    }
+
+
+def test_other_settings_are_told_in_words_of_the_options(here, capsys):
+    (here / "p.txt").write_text("a blue boat\na green tree\n")
+    other = ("--prompts", "p.txt", *SHORT[1:])
+    for name, first, second, words in [
+        ("one.png", SHORT, other, 'it was of the prompt "a red ball", and is now of --prompts'),
+        ("two.png", other, SHORT, 'it was of --prompts, and is now of the prompt "a red ball"'),
+        ("one.tif", SHORT, (*SHORT, "--pyramid"), 'pyramid was not said, and is now "yes"'),
+        ("two.tif", (*SHORT, "--pyramid"), SHORT, 'pyramid was "yes", and is now not said'),
+    ]:
+        assert main(["stream", *first, "-o", name]) == 0
+        capsys.readouterr()
+        error = refused(capsys, *second, "-o", name)
+        assert f"{name} holds a stream of other settings ({words}" in error and "null" not in error
+
+
+@pytest.mark.parametrize("name", ["x", "x.png"])
+def test_two_at_once_are_one_and_a_sentence(here, capsys, monkeypatch, name):
+    pytest.importorskip("fcntl")
+    real, errors = growing.Output.add, []
+
+    def add(self, *strip):
+        capsys.readouterr()
+        before = files(here)
+        errors.append(refused(capsys, *SHORT, "-o", name))
+        assert files(here) == before
+        real(self, *strip)
+
+    monkeypatch.setattr(growing.Output, "add", add)
+    assert main(["stream", *SHORT, "-o", name]) == 0
+    assert errors and all(f"another process is at {name}: wait until it has ended" in error for error in errors)
+    assert main(["stream", *SHORT, "-o", name]) == 0 and "finished before" in capsys.readouterr().err
+
+
+def test_what_another_took_away_is_not_said_to_be_kept(here, capsys, monkeypatch):
+    real = growing.Output.add
+
+    def add(self, *strip):
+        real(self, *strip)
+        shutil.rmtree(self.home)
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(growing.Output, "add", add)
+    error = refused(capsys, *SHORT, "-o", "one.png", code=1)
+    assert "0 of 64 pixels are kept, and the same command goes on" in error
 
 
 # The command itself, ended.

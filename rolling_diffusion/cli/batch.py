@@ -30,6 +30,7 @@ OF_LINE = tuple(name for name in OF_ALL if name not in OF_MODEL)
 NAME = re.compile(r"[0-9a-f]{32}\.png")
 MANIFESTS = ("jsonl", "parquet")
 MOST_SHOWN = 20  # errors of lines; the manifest has all
+Row = dict[str, Any]  # of a manifest
 
 
 def add_options(parser: Parser) -> None:
@@ -61,8 +62,8 @@ def run(values: argparse.Namespace) -> int:
     there = pictures_in(out)
     wanted = {task.name: task for task in reversed(tasks)}  # of lines that say the same, the first
     todo = [task for task in tasks if wanted[task.name] is task and task.name not in there]
-    for number, error in list(wrong.items())[:MOST_SHOWN]:
-        tell(number, error)
+    for number, row in list(wrong.items())[:MOST_SHOWN]:
+        tell(number, row["error"])
     before, failed, code = len(wanted) - len(todo), {}, 0
     # Made before anything is drawn or written: what is wrong with it is refused.
     how = (address, values.workers, values.gpus_per_worker, values.cpus_per_worker, values.device)
@@ -79,7 +80,7 @@ def run(values: argparse.Namespace) -> int:
         print(write(manifest, rows(tasks, wrong, failed, there, common.get("seed", 0))))
         drawn = sum(task.name in there for task in todo)
         lost = len(wrong) + sum(task.name in failed for task in tasks)
-        print(f"{drawn} drawn, {before} there before, {lost} lines with errors", file=sys.stderr)
+        print(f"{drawn} drawn, {before} there before, {lost} line{'s' * (lost != 1)} with errors", file=sys.stderr)
     return 1 if wrong or failed else code
 
 
@@ -94,8 +95,9 @@ def said_for_all(values: argparse.Namespace) -> dict[str, Any]:
     return said
 
 
-def read(values: argparse.Namespace, common: dict[str, Any], here: bool) -> tuple[list[Task], dict[int, str]]:
-    """What is to be drawn, and what is wrong, by the number of the line; all that can be refused is refused here.
+def read(values: argparse.Namespace, common: dict[str, Any], here: bool) -> tuple[list[Task], dict[int, Row]]:
+    """What is to be drawn, and what is wrong, by the number of the line, with its prompt and its error; all that can be
+    refused is refused here.
 
     here: whether the workers run on this machine, so that it must have their device. ValueError for what is wrong with
     every line.
@@ -105,7 +107,7 @@ def read(values: argparse.Namespace, common: dict[str, Any], here: bool) -> tupl
     any_line = prepare(namespace(model, {"prompt": "anything"}), outputs=[])
     identity = identity_of(common.get("model", EMBEDDED))
     tasks: list[Task] = []
-    wrong: dict[int, str] = {}
+    wrong: dict[int, Row] = {}
     first = None
     for number, said in read_lines(values.prompts, values.parser, OF_LINE):
         try:
@@ -118,8 +120,17 @@ def read(values: argparse.Namespace, common: dict[str, Any], here: bool) -> tupl
                 raise ValueError(f"it {kind}, and line {first[0]} {first[1]}: give these a file of their own")
             tasks.append(Task(number, said, name_of(common | said, identity)))
         except ValueError as error:
-            wrong[number] = " ".join(str(error).split())
+            prompt = said["prompt"] if isinstance(said, dict) else getattr(said, "prompt", None)
+            prompt = prompt if is_prompt(prompt) else None
+            wrong[number] = {"prompt": prompt, "error": " ".join(str(error).split())}
     return tasks, wrong
+
+
+def is_prompt(value: Any) -> bool:
+    """Can a manifest of any kind hold it?"""
+    return (
+        isinstance(value, str) and value.strip() != "" and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    )
 
 
 def name_of(said: Mapping[str, Any], identity: str) -> str:
@@ -190,6 +201,7 @@ def pictures_in(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def recorded(file: Path) -> dict[str, Any] | None:
+    """What a manifest tells of a picture; None for one that is not whole, or not of ours."""
     if not is_whole_png(file):
         return None
     try:
@@ -197,7 +209,12 @@ def recorded(file: Path) -> dict[str, Any] | None:
     except ValueError:
         return None
     said = record.get("said", {})
-    return {"prompt": said.get("prompt"), "seed": said.get("seed"), "seconds": record.get("seconds")}
+    if not isinstance(said, dict):
+        return None
+    row = {"prompt": said.get("prompt"), "seed": said.get("seed"), "seconds": record.get("seconds")}
+    numbers = [(row["seed"], (int,)), (row["seconds"], (int, float))]
+    fits = [value is None or (type(value) in kinds and 0 <= value < 2**64) for value, kinds in numbers]
+    return row if all(fits) and (row["prompt"] is None or is_prompt(row["prompt"])) else None
 
 
 def draw_all(
@@ -234,14 +251,14 @@ def draw_all(
 
 def rows(
     tasks: Sequence[Task],
-    wrong: Mapping[int, str],
+    wrong: Mapping[int, Row],
     failed: Mapping[str, str],
     there: Mapping[str, dict[str, Any]],
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """A row for each line, in order, and then for each other picture in the folder."""
     nothing = {"prompt": None, "file": None, "seed": None, "seconds": None, "error": None}
-    found = {number: {"line": number, **nothing, "error": error} for number, error in wrong.items()}
+    found = {number: {"line": number, **nothing, **row} for number, row in wrong.items()}
     for task in tasks:
         row = {"line": task.number, **nothing, "prompt": task.said["prompt"], "seed": task.said.get("seed", seed)}
         if task.name in there:

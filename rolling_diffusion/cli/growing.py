@@ -11,7 +11,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -28,6 +28,7 @@ BAND = 2**19  # bytes of rows that are read at a time
 TILE = 256  # pixels of a side of a TIFF's tiles
 CHUNK = 2**16  # bytes of a PNG's chunk of pixels
 MOST_PNG = 2**31 - 1  # pixels of a side
+SUM = "crc32"  # of a state, in its metadata
 MOST_SHOWN = 40  # letters of a setting, in a sentence
 
 
@@ -199,17 +200,52 @@ class Output:
         self.state = home / "state.safetensors"
         self.record: dict[str, Any] = {}
         self.across = self.length = self.written = 0
+        self.opened = ExitStack()
 
     def check(self) -> None:
-        """ValueError if something stands there that is no stream."""
+        """ValueError if something stands there that is no stream, or if another process is at it."""
         sweep(self.home)
-        if self.taken():
-            try:
-                ours = isinstance(read_record(self.path).get("stream"), dict)
-            except ValueError:
-                ours = False
-            if not ours:
-                raise ValueError(f"{self.path} is there already, and is no stream of rolling-diffusion: {ELSE}")
+        self.there()
+        self.hold()
+        self.close()  # held from `open` on
+
+    def there(self) -> dict[str, Any] | None:
+        """What is recorded at its place, None where nothing stands there; ValueError if that is no stream's record."""
+        if not self.taken():
+            return None
+        try:
+            record = read_record(self.path)
+        except ValueError:
+            record = {}
+        if not isinstance(record.get("stream"), dict):
+            raise ValueError(f"{self.path} is there already, and is no stream of rolling-diffusion: {ELSE}")
+        if not _is_told(record):
+            raise self.spoilt()
+        return record
+
+    def spoilt(self) -> ValueError:
+        file = self.path / SETTINGS_FILE if self.path.is_dir() else self.path
+        why = "is damaged or was changed, and does not tell how to go on with"
+        return ValueError(f"{file} {why} {self.path}: {ELSE}")
+
+    def hold(self) -> None:
+        """ValueError where another process is at it: two would write the same pixels, and the first that is done takes
+        them away. The system frees what is held when a process ends, however it does."""
+        if not self.home.is_dir():
+            return
+        try:
+            import fcntl
+
+            folder = os.open(self.home, os.O_RDONLY)
+            self.opened.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ValueError(
+                f"another process is at {self.path}: wait until it has ended, or name another output"
+            ) from None
+        except (ImportError, OSError):  # Windows, or a disk that holds nothing
+            pass
 
     def taken(self) -> bool:
         """Is there something at its place?"""
@@ -221,37 +257,52 @@ class Output:
 
         ValueError for an output of other settings, or where there is no room."""
         self.record, self.across, self.length = record, across, length
-        there = read_record(self.path) if self.taken() else None
+        there = self.there()
         state: dict[str, Tensor] | None = None
         if self.state.exists():
-            from safetensors import SafetensorError, safe_open
+            from safetensors import safe_open
 
             try:
                 with safe_open(self.state, "pt") as file:
-                    kept = json.loads(file.metadata()[KEY])
+                    text = file.metadata()[KEY]
                     state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                    self.written = kept["stream"]["written"]
-            except (SafetensorError, ValueError, KeyError, TypeError):
+                    whole = file.metadata()[SUM] == _sum(text, state)
+                kept = json.loads(text)
+            except Exception:  # whatever a damaged file makes of the reader
+                whole, kept = False, {}
+            if not whole or not _is_told(kept):
                 raise ValueError(
-                    f"{self.state} cannot be read, and is needed to go on with {self.path}: {ELSE}"
-                ) from None
+                    f"{self.state} cannot be read, or was changed, and is needed to go on with {self.path}: {ELSE}"
+                )
             self.same(kept, self.home)
+            self.written = kept["stream"]["written"]
         if there is not None:
             self.same(there, self.path)
-            if there["stream"]["written"] == length:  # whole, in its place
+            shown = there["stream"]["written"]
+            if there["stream"]["length"] != length or (state is not None and shown > self.written):
+                raise self.spoilt()
+            if shown == length:  # whole, in its place
                 self.clear()
                 return None, True
+            if shown and state is None:
+                raise ValueError(
+                    f"{self.state} is gone, and is needed to go on with {self.path}, which records {shown:,} of "
+                    f"{length:,} pixels: {ELSE}"
+                )
         self.open(state)
         return state, False
 
     def same(self, there: Mapping[str, Any], where: Path) -> None:
         """ValueError unless it records the same settings; those of the machine may be others, but for the dtype."""
-        old, new = ({**r.get("said", {}), **r.get("fitted", {}), **r.get("machine", {})} for r in (there, self.record))
+        old, new = ({**r["said"], **r["fitted"], **r["machine"]} for r in (there, self.record))
         now = json.loads(json.dumps(new))
         names = [n for n in {**old, **now} if n not in ("device", "cpu_offload") and old.get(n) != now.get(n)]
-        if names:
-            shown = (f"{n} was {_short(old.get(n))}, and is now {_short(now.get(n))}" for n in names[:2])
-            raise ValueError(f"{where} holds a stream of other settings, {'; '.join(shown)}: say the same, {ELSE}")
+        shown = [f"{n} was {_short(old.get(n))}, and is now {_short(now.get(n))}" for n in names]
+        if bool(old.get("prompts")) != bool(now.get("prompts")):
+            others = [text for n, text in zip(names, shown) if n not in ("prompt", "prompts")]
+            shown = [f"it was of {_source(old)}, and is now of {_source(now)}", *others]
+        if shown:
+            raise ValueError(f"{where} holds a stream of other settings ({'; '.join(shown[:2])}): say the same, {ELSE}")
 
     def told(self, written: int) -> dict[str, Any]:
         return self.record | {"stream": {"written": written, "length": self.length}}
@@ -276,7 +327,8 @@ class Output:
         written = start + pixels.shape[self.axis]
         tensors = {**(state or {"written": torch.tensor(written)}), **self.rest()}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        metadata = {KEY: json.dumps(self.told(written))}
+        text = json.dumps(self.told(written))
+        metadata = {KEY: text, SUM: _sum(text, tensors)}
         place(self.state, lambda part: part.write_bytes(save(tensors, metadata)))  # save_file raises no OSError
         self.written = written
 
@@ -301,6 +353,10 @@ class Output:
         """What is kept in the state beside the stream's own."""
         return {}
 
+    def close(self) -> None:
+        """Lets go of what is open and held."""
+        self.opened.close()
+
     # Of each kind.
 
     def open(self, state: Mapping[str, Tensor] | None) -> None:
@@ -314,14 +370,37 @@ class Output:
         """What is finished, in its final form."""
         raise NotImplementedError
 
-    def close(self) -> None:
-        pass
-
 
 ELSE = "name another output, or delete it"
 
 
+def _is_told(record: Any) -> bool:
+    """Does it hold what `Output.told` writes? People edit what they can read."""
+    parts = [record.get(name) if isinstance(record, dict) else None for name in ("said", "fitted", "machine", "stream")]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    written, length = (record["stream"].get(name) for name in ("written", "length"))
+    return type(written) is type(length) is int and 0 <= written <= length
+
+
+def _sum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of all that a state holds: one that was changed is known by it, whatever was."""
+    import torch
+
+    total = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(), total)
+    return f"{total:08x}"
+
+
+def _source(settings: Mapping[str, Any]) -> str:
+    return "--prompts" if settings.get("prompts") else f"the prompt {_short(settings.get('prompt'))}"
+
+
 def _short(value: Any) -> str:
+    if value is None:
+        return "not said"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 1] + "…"
 
@@ -342,13 +421,14 @@ class Picture(Output):
     def open(self, state: Mapping[str, Tensor] | None) -> None:
         if not self.tiff and max(self.across, self.length) > MOST_PNG:
             raise ValueError(f"a PNG has at most {MOST_PNG:,} pixels a side: take a .tif or a folder")
+        self.home.mkdir(exist_ok=True)
+        self.hold()
         pixels = self.home / "pixels.raw"
         if state is not None and not pixels.exists():
             raise ValueError(f"{pixels} is gone, and is needed to go on with {self.path}: {ELSE}")
-        self.home.mkdir(exist_ok=True)
         self.room(3 * self.across * (self.length - self.written))
         size = (self.length, self.across) if self.axis == 0 else (self.across, self.length)
-        self.canvas = Canvas(pixels, *size)
+        self.canvas = self.opened.enter_context(Canvas(pixels, *size))
 
     def put(self, start: int, pixels: np.ndarray) -> None:
         first = self.length - start - pixels.shape[self.axis] if self.backwards else start
@@ -370,9 +450,6 @@ class Picture(Output):
     def leftovers(self) -> Iterable[Path]:
         return (*self.home.glob("*.raw"), self.state)  # the state last: until then it is known what is there
 
-    def close(self) -> None:
-        self.canvas.close()
-
 
 class Slices(Output):
     """A folder of pictures of `size` pixels along the order each, the last one perhaps shorter, from 1 on."""
@@ -388,6 +465,7 @@ class Slices(Output):
 
     def open(self, state: Mapping[str, Tensor] | None) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        self.hold()
         if state is not None and "pending" in state:
             self.pending = state["pending"].numpy()
             self.first = self.written - self.pending.shape[self.axis]

@@ -54,6 +54,14 @@ def shared_out(prompts: Prompts) -> list[tuple[Any, str]]:
     return [(number / len(prompts), entry) if isinstance(entry, str) else entry for number, entry in enumerate(prompts)]
 
 
+class Wrong(ValueError):
+    """What is wrong with a line, and what stands there as its prompt."""
+
+    def __init__(self, sentence: str, prompt: Any):
+        super().__init__(sentence)
+        self.prompt = prompt
+
+
 def read_lines(path: Path, parser: Parser, names: Collection[str]) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     """The number of each line, from 1, with what it says of the settings `names`, or what is wrong with it.
 
@@ -80,7 +88,7 @@ def read_lines(path: Path, parser: Parser, names: Collection[str]) -> Iterator[t
                         if "prompt" not in entry:
                             raise ValueError("it has no prompt")
                     except ValueError as error:
-                        yield number, error
+                        yield number, Wrong(str(error), entry.get("prompt"))
                         continue
                 yield number, entry
     except OSError as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +78,12 @@ def run(values: argparse.Namespace) -> int:
     pipeline = load_said(job.folder, job.settings)
     if pipeline.card != job.card:  # a model without a card of ours has defaults of its own
         job = prepare(values, (job.folder, pipeline.card))
+    with closing(job.output):
+        return write(values, job, pipeline)
+
+
+def write(values: argparse.Namespace, job: Job, pipeline: Rolling) -> int:
+    """All that is not there yet, in its place, whatever ends it."""
     settings, output = job.settings | resolved(pipeline, job.settings), job.output
     across, length = settings["across"], settings["length"]
     state, finished = output.begin(record(job.said, settings), across, length)
@@ -96,13 +104,12 @@ def run(values: argparse.Namespace) -> int:
         output.finish()
     except KeyboardInterrupt:
         output.show()
-        output.close()
         fail(f"stopped: {output.path} holds {output.written:,} of {length:,} pixels, and {goes_on}")
         return 130
     except OSError as error:
-        output.close()
         why = error.strerror or str(error) or type(error).__name__
-        fail(f"cannot write {output.path}: {why}; {output.written:,} of {length:,} pixels are kept, and {goes_on}")
+        kept = output.written if os.path.exists(output.state) else 0  # others may have taken it away
+        fail(f"cannot write {output.path}: {why}; {kept:,} of {length:,} pixels are kept, and {goes_on}")
         return 1
     print(output.path)
     return 0
