@@ -58,7 +58,7 @@ def refused(capsys, *argv: str) -> str:
         (["a ball", "--lora", "style=strong"], ["--lora", "'strong' is no number"]),
         (["a ball", "--steps", "0"], ["--steps", "from 1 to 10000"]),
         (["a ball", "--lora", "a.safetensors", "--lora", "a.safetensors=0.5"], ["a.safetensors is said twice"]),
-        (["a ball", "--width", "16" + "0" * 400], ["--width must be a whole number from 1 to 2147483647"]),
+        (["a ball", "--width", "16" + "0" * 400], ["--width must be a whole number from 1 to 9223372036854775807"]),
         (["a ball", "--seed", "18446744073709551616"], ["--seed", "from 0 to 18446744073709551615"]),
         (["a ball", "--seed", "9" * 5000], ["--seed", "from 0 to 18446744073709551615"]),
         (["a ball", "--seed", "18446744073709551615", "--batch", "2"], ["--seed", "leaves no seeds for --batch 2"]),

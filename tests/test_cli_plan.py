@@ -96,7 +96,7 @@ def test_an_order_that_is_decided_late_is_said_to_be(capsys, tmp_path):
         (["--steps", "0"], ["--steps", "from 1 to 10000"]),
         (["--steps", "x"], ["--steps", "whole number"]),
         (["--steps", "1" + "0" * 30], ["--steps must be a whole number from 1 to 10000"]),
-        (["--width", "16" + "0" * 400], ["--width must be a whole number from 1 to 2147483647"]),
+        (["--width", "16" + "0" * 400], ["--width must be a whole number from 1 to 9223372036854775807"]),
         (["--persistence", "0_1"], ["--persistence must be a number from 0 to 1"]),
         (["--draft", "20"], ["draft is 20 steps", "from 0 to 19"]),
         (["--persistence", "1.5"], ["--persistence", "from 0 to 1"]),

@@ -20,7 +20,7 @@ def nearest(word: str, names: Collection[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-MOST = 2**31 - 1  # of a number whose limit is nowhere near
+MOST = 2**63 - 1  # of a number whose limit is nowhere near
 TEXTS = ("--negative-prompt",)  # options whose value may begin with a dash
 
 
