@@ -164,3 +164,11 @@ def test_any_terminal_can_show_a_plan(encoding):
     done = run("plan", stdout="", PYTHONIOENCODING=encoding)
     assert done.returncode == 0 and not done.stderr
     assert b"256 x 256 pixels" in done.stdout.replace(b"\xd7", b"x")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a folder that is in use stays")
+def test_a_folder_that_is_gone_is_one_sentence(tmp_path):
+    (tmp_path / "gone").mkdir()
+    command = f"cd {tmp_path}/gone && rmdir {tmp_path}/gone && {sys.executable} -m rolling_diffusion.cli plan"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and "the folder that this was called in is gone" in done.stderr

@@ -57,6 +57,11 @@ def test_plans_and_defaults_need_no_torch():
     assert "rolling_diffusion" in loaded and not loaded & {"torch", "numpy", "diffusers", "transformers"}
 
 
+def test_the_program_starts_without_torch():
+    loaded = modules_after("import rolling_diffusion.cli.main")
+    assert "rolling_diffusion" in loaded and not loaded & {"torch", "numpy", "diffusers", "transformers"}
+
+
 def test_the_core_pulls_in_neither_diffusers_nor_a_host():
     loaded = modules_after("import rolling_diffusion.core")
     assert not loaded & {"comfy", "diffusers", "transformers"}

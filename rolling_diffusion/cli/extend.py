@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..core.growing import AWAY  # left and right first: what is added above and below is as wide as it becomes
-from ..core.order import route_of
+from ..core.order import AWAY, route_of
 from ..defaults import SIDE, Card, context_of
 from .arguments import Parser, whole_number
 from .files import check_target, free, read_picture, save_png
@@ -22,7 +21,7 @@ from .stream import NO_STREAM, bar_of, plan_of_stretch, teller
 DEFAULTS: dict[str, Any] = {
     **{name: value for name, value in OF_PICTURES.items() if name not in (*NO_STREAM, "order", "prompts")},
     "picture": None,
-    **dict.fromkeys(AWAY),
+    **dict.fromkeys(AWAY),  # left and right first: what is added above and below is as wide as it becomes
 }
 SETTINGS = tuple(DEFAULTS)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.growing import AWAY, stretches
+from ..core.growing import stretches
+from ..core.order import AWAY
 from . import inputs, nodes
 from .growing import Growing, decoder, encoded
 from .settings import Settings

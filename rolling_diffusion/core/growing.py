@@ -15,8 +15,6 @@ from .cohort import block_seed
 from .order import Block, route_of, whole
 
 BLEND = 8  # cells over which two pieces are blended, where a decoder sees the whole canvas
-# The order that leads away from each side of a picture.
-AWAY = {"left": "right-to-left", "right": "left-to-right", "top": "bottom-to-top", "bottom": "top-to-bottom"}
 FADE = 32  # pixels over which what follows a picture takes up its tone
 
 

@@ -108,6 +108,8 @@ class Found:
 
 
 ORDERS = tuple(ROUTES)
+# The order that leads away from each side of a picture.
+AWAY = {"left": "right-to-left", "right": "left-to-right", "top": "bottom-to-top", "bottom": "top-to-bottom"}
 STRAIGHT = tuple(name for name, route in ROUTES.items() if route.axis != "tiles")  # along which a canvas may grow
 
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.growing import AWAY, Along
-from ..core.order import whole
+from ..core.growing import Along
+from ..core.order import AWAY, whole
 from ..defaults import context_of
 
 

@@ -598,6 +598,11 @@ class Run:
             )
             self.arrange(plan.decided(difficulty(*both)))
         self.latents = new
+        if self.tick == plan.ticks - 1 and not new.isfinite().all():
+            raise ValueError(
+                "the picture is not finite, as it may be in float16, or where cfg is far too high: take a wider dtype, "
+                "such as bfloat16, or a smaller cfg"
+            )
         self.turn(moving)
         if self.bar is not None:
             type(self.bar).update(self.bar)
