@@ -13,8 +13,7 @@ from PIL import Image
 from tiny_families import ROLL, WITH_CONTROL, draw, make
 
 from rolling_diffusion import plan_for, roll
-from rolling_diffusion.core.growing import AWAY
-from rolling_diffusion.core.order import Block
+from rolling_diffusion.core.order import AWAY, Block
 from rolling_diffusion.pipeline import decoding
 from rolling_diffusion.pipeline.decoding import Along, Decoder, pixels_of
 from rolling_diffusion.pipeline.extend import extend
