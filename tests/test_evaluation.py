@@ -99,6 +99,18 @@ def test_the_study_of_orders_has_every_row_beside_full_sampling_of_equal_steps_a
         order_study(pipe.card, {}, ["spiral"])
 
 
+def test_an_evaluation_tells_how_long_it_takes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "--steps", "2", "--width", "32", "--height", "32", "--prompts", "6", "--batch", "6"]
+    words += ["--dtype", "float32", "--device", "cpu", "--work", "work.jsonl"]
+    assert main(words) == 0
+    first = capsys.readouterr()
+    assert "21 pictures in 3 ways take about" in first.err and "in float32" in first.err
+    assert main(words) == 0
+    again = capsys.readouterr()
+    assert again.out == first.out and not again.err  # all of it was there
+
+
 def test_a_study_that_is_killed_goes_on_where_it_was(pipe, tmp_path, capsys, monkeypatch):
     """kill -9, and a line cut short: what was judged is not judged again, and the result is the same."""
     monkeypatch.chdir(tmp_path)

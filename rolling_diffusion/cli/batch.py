@@ -19,7 +19,7 @@ from ..defaults import read_index
 from ..recording import MACHINE
 from .arguments import Parser, decimal, fail, name_in, whole_number
 from .files import check_apart, check_target, is_whole_png, make_folder, put, read_record, save_json_lines, sweep
-from .generate import DEFAULTS, SETTINGS, add_drawing_options, prepare
+from .generate import DEFAULTS, SETTINGS, add_drawing_options, is_text, prepare
 from .model import EMBEDDED, EMBEDDED_FOLDER, found, full
 from .prompts import PICTURES, read_lines
 from .workers import Cluster, Stopped, Task, namespace
@@ -128,9 +128,7 @@ def read(values: argparse.Namespace, common: dict[str, Any], here: bool) -> tupl
 
 def is_prompt(value: Any) -> bool:
     """Can a manifest of any kind hold it?"""
-    return (
-        isinstance(value, str) and value.strip() != "" and not any("\ud800" <= letter <= "\udfff" for letter in value)
-    )
+    return isinstance(value, str) and value.strip() != "" and is_text(value)
 
 
 def name_of(said: Mapping[str, Any], identity: str) -> str:

@@ -228,9 +228,14 @@ def prepare(
     return Job(settings, frozenset({*said, "seed"}), plan, card, folder, outputs, image, mask)
 
 
+def is_text(text: str) -> bool:
+    """Is it without the marks that stand for bytes which are no text?"""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def check_text(*texts: str) -> None:
     """ValueError for bytes that are no text."""
-    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+    if not all(map(is_text, texts)):
         raise ValueError("the prompt holds bytes that are no text in this terminal's encoding: write it in UTF-8")
 
 
